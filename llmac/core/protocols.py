@@ -1,0 +1,130 @@
+"""The doors between rooms: what an engine, a plan, a prompt source and a critic must be able to do."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from llmac.core.measures import Metrics
+from llmac.core.types import AllSum, CriticTargets, Finish, Prompt, Rollouts, Trajectory, Values, identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample. The same words and meanings for every engine."""
+
+    n: int = 1
+    """Responses per prompt."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 = greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability; 1 = all."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 = all."""
+    max_new_tokens: int = 512
+    stop_token_ids: tuple[int, ...] = ()
+    """End the response, besides the tokenizer's end-of-sequence token."""
+    stop: tuple[str, ...] = ()
+    """End the response when its decoded text contains one of these; the token completing it is kept."""
+    seed: int | None = None
+    """Same seed, same weights, same requests: same responses. None: the engine draws one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt for an engine."""
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled response as the engine reports it."""
+
+    token_ids: tuple[int, ...]
+    """The stop token is included when one was sampled."""
+    logprobs: tuple[float, ...]
+    """log μ(a_t|s_t) of each token under the distribution it was drawn from (temperature, top-p, top-k applied)."""
+    finish: Finish
+    policy_version: int = 0
+    """Number of `load_weights` calls the engine had completed when it sampled this."""
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples responses and takes new weights live. Implementations: `engines.hf_engine`, `engines.vllm_engine`."""
+
+    @property
+    def policy_version(self) -> int:
+        """The version given to the last completed `load_weights`; 0 before any."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """`params.n` completions for each request, in the order of the requests."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights by the stream (checkpoint naming) and take `version`; all or nothing."""
+        ...
+
+    def sleep(self) -> None:
+        """Free accelerator memory until the next call."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`. Called by the engine itself on `generate` and `load_weights`."""
+        ...
+
+    def close(self) -> None:
+        """Release everything. Safe to call twice."""
+        ...
+
+
+class PromptSource(Protocol):
+    """An endless, resumable stream of prompts, already sharded to this rank."""
+
+    def take(self, count: int) -> list[Prompt]:
+        """This rank's next `count` prompts."""
+        ...
+
+
+class Scorer(Protocol):
+    """Sets `reward`, `reward_parts` and `response_text` of finished trajectories."""
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]: ...
+
+
+class RolloutPlan(Protocol):
+    """Decides which responses are sampled for which prompts. Implementations: `core.plans`."""
+
+    @property
+    def length_limit(self) -> int:
+        """Response length, tokens, at which sampling is cut."""
+        ...
+
+    def rollout(
+        self,
+        engine: RolloutEngine,
+        prompts: PromptSource,
+        score: Scorer,
+        *,
+        seed: int,
+        sum_across: AllSum = identity,
+    ) -> tuple[list[Trajectory], Metrics]:
+        """Sample and score one step's trajectories on this rank, with counts of what was dropped."""
+        ...
+
+
+class Critic(Protocol):
+    """Says V(s). Implementations: `critics/`. A critic that does not learn returns {} from `update`."""
+
+    def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
+        """V(s_t) where `starts`, and V(s_T) of truncated rows."""
+        ...
+
+    def update(self, rollouts: Rollouts, targets: CriticTargets) -> Metrics:
+        """Move towards the targets."""
+        ...
