@@ -1,0 +1,328 @@
+"""Where this process stands among its siblings, and every way in which they talk to each other."""
+
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+import torch
+import torch.distributed as distributed
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import filter_trackers
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from llmac.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+class Runtime:
+    """One process among `world_size`: its device, its collectives, its gradients, its trackers.
+
+    Works in one process without any launcher, and in every process that `accelerate launch` or
+    `torchrun` starts. The collectives (`sum`, `max`, `gather`, `broadcast`, `barrier`, `prepare`)
+    must be called by all ranks in the same order; in one process they cost nothing.
+
+    A minibatch split over ranks and micro-batches has the gradient of the whole when each
+    micro-batch contributes
+
+        loss = total · gradient_scale / weight,    weight = sum(Σ of this rank's micro-batch weights)
+
+    because DDP *averages* over ranks: every rank receives (1/R)·Σ_r ∂loss_r, and
+    `gradient_scale` = R undoes the 1/R. Only the last micro-batch synchronises (`accumulate`), and
+    it carries the earlier ones with it; a rank without a last one leaves the others waiting, so
+    every rank needs at least one micro-batch.
+
+    >>> runtime = Runtime.create(seed=0, output=None)
+    >>> runtime.world_size, runtime.sum(torch.tensor([3])).tolist(), runtime.gather("a")
+    (1, [3], ['a'])
+    >>> runtime.close()
+    """
+
+    def __init__(self, accelerator: Accelerator, *, owns_process_group: bool) -> None:
+        """Wrap an accelerator; `create` is the way to make a Runtime.
+
+        Args:
+            accelerator: as `create` configures it.
+            owns_process_group: whether `close` may destroy the process group.
+        """
+        self._accelerator = accelerator
+        self._owns_process_group = owns_process_group
+        self._tracking = False
+        self._closed = False
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.local_rank: int = max(accelerator.local_process_index, 0)
+        # accelerate numbers CPU devices by rank ("cpu:0"), which compares unequal to a tensor's "cpu".
+        device = accelerator.device
+        self.device: torch.device = torch.device("cpu") if device.type == "cpu" else device
+
+    @classmethod
+    def create(
+        cls, *, seed: int, output: Path | str | None, timeout_seconds: float = 7200.0
+    ) -> "Runtime":
+        """Join the other processes, if a launcher started any, and seed this one.
+
+        Args:
+            seed: of the run; each rank derives its own from it, see `seed`.
+            output: run directory; trackers that write files do so in its `trackers`. None: a
+                tracker that needs a directory is refused.
+            timeout_seconds: how long a collective waits for the slowest rank. Longer than the
+                watchdog's limit, so that the watchdog, which can name the phase, speaks first.
+
+        Raises:
+            ConfigError: the launcher asks for a kind of distribution that is not supported.
+        """
+        for variable, name in _UNSUPPORTED.items():
+            if os.environ.get(variable, "false").lower() == "true":
+                raise ConfigError(
+                    f"the accelerate configuration asks for {name}, which llmac does not run yet; "
+                    "launch with recipes/accelerate/single.yaml or recipes/accelerate/ddp.yaml"
+                )
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision != "no":
+            # Precision has one owner, the recipe: accelerate's would wrap forward a second time.
+            logger.warning(
+                "accelerate's mixed_precision=%s has no effect; model.compute_dtype decides",
+                precision,
+            )
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        on_cpu = launched and not torch.cuda.is_available()
+        # Without broadcast_buffers=False even a forward without gradients is a collective, and ranks
+        # with different numbers of them (ragged rollouts) would wait for each other for ever.
+        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        if launched:
+            timeout = timedelta(seconds=timeout_seconds)
+            backend = "gloo" if on_cpu else "nccl"
+            handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+        project = ProjectConfiguration()
+        if output is not None:
+            project = ProjectConfiguration(str(output), logging_dir=str(Path(output) / "trackers"))
+        owns_process_group = not distributed.is_initialized()
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",
+            # Explicit, so that no environment variable divides the loss behind the learner's back.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            project_config=project,
+            kwargs_handlers=handlers,
+        )
+        runtime = cls(accelerator, owns_process_group=owns_process_group)
+        runtime.seed(seed)
+        return runtime
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def gradient_scale(self) -> float:
+        """Factor on an undivided loss that makes the synchronised gradient the *sum* over ranks."""
+        return float(self.world_size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on the tensor's own device and in its dtype, without gradient.
+
+        Half precision is added up in float32. The argument is left alone.
+
+        Raises:
+            TypeError: a bool tensor; convert it to int64 to count.
+        """
+        if tensor.dtype == torch.bool:
+            raise TypeError(
+                "the sum over ranks of a bool tensor is ambiguous; use .long() to count"
+            )
+        if self.world_size == 1:
+            return tensor.detach()
+        half = tensor.dtype in (torch.bfloat16, torch.float16)
+        exact = torch.float32 if half else tensor.dtype
+        total = tensor.detach().to(device=self.device, dtype=exact, copy=True).contiguous()
+        distributed.all_reduce(total, op=distributed.ReduceOp.SUM)
+        return total.to(device=tensor.device, dtype=tensor.dtype)
+
+    def max(self, number: float) -> float:
+        """The largest over all ranks; NaN if any rank has NaN."""
+        if self.world_size == 1:
+            return float(number)
+        mine = torch.tensor(float(number), dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        # Gathered, not reduced: a MAX reduction drops NaN on some backends.
+        distributed.all_gather(everyone, mine)
+        return float(torch.stack(everyone).max())
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's (picklable) object in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [item]
+        everyone: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(everyone, item)
+        return everyone
+
+    def broadcast(self, item: T) -> T:
+        """Rank 0's (picklable) object on every rank."""
+        if self.world_size == 1:
+            return item
+        box: list[Any] = [item]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            self._accelerator.wait_for_everyone()
+
+    def seed(self, n: int) -> int:
+        """Seed python, numpy and torch (all devices) from `n` and the rank; returns the rank's seed.
+
+        Hashed, not added: with n + rank, rank 1 of seed 0 would repeat rank 0 of seed 1.
+        """
+        sequence = numpy.random.SeedSequence(n, spawn_key=(self.rank,))
+        own = int(sequence.generate_state(1)[0])
+        random.seed(own)
+        numpy.random.seed(own)
+        torch.manual_seed(own)
+        return own
+
+    def prepare(self, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Move both to the device and tie the module's gradients across ranks; rank 0's weights win.
+
+        A forward pass that leads to `backward` must go through the returned module, not through a
+        part of it: gradients are synchronised only for what entered by the front door, and every
+        trainable parameter must take part in it.
+        """
+        return self._accelerator.prepare(module, optimizer)
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        """The module as it was before `prepare`."""
+        return module.module if isinstance(module, DistributedDataParallel) else module
+
+    @contextlib.contextmanager
+    def accumulate(self, module: nn.Module, *, sync: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; `sync` for the last of a minibatch only.
+
+        Without `sync` gradients stay on this rank and add up.
+        """
+        if sync or not isinstance(module, DistributedDataParallel):
+            yield
+        else:
+            with module.no_sync():
+                yield
+
+    def no_sync(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """`accumulate` of a micro-batch that is not the last."""
+        return self.accumulate(module, sync=False)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; in a micro-batch with `sync`, average them over ranks as well."""
+        self._accelerator.backward(loss)
+
+    def clip_grad_norm(self, module: nn.Module, max_norm: float) -> Tensor:
+        """Scale gradients to a joint L2 norm of at most `max_norm`; returns the norm before, 0-d.
+
+        The same on every rank, because gradients are. A norm that is not finite is returned with
+        the gradients left as they are: scaling would make all of them NaN and hide where it began.
+
+        Args:
+            module: whose gradients; parameters without one are skipped.
+            max_norm: `math.inf` only measures.
+        """
+        parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if parameters and torch.isfinite(norm):
+            clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm.detach()
+
+    def step(self, module: nn.Module, optimizer: Optimizer, *, max_norm: float) -> Tensor:
+        """Clip, update, forget the gradients; returns the norm before clipping.
+
+        When the norm is not finite no weight changes, on any rank; whoever calls decides what that
+        means. One call, because engines that own the update (ZeRO) do the three as one.
+        """
+        norm = self.clip_grad_norm(module, max_norm)
+        if torch.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+        """Compute in `dtype` where that is safe; None or float32: in the weights' own precision."""
+        if dtype is None or dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def start_trackers(self, names: Sequence[str], project: str, config: Mapping[str, Any]) -> None:
+        """Start accelerate's trackers (tensorboard, wandb, trackio, ...) and show them the recipe.
+
+        Raises:
+            ConfigError: a name that accelerate does not know, or whose package is not installed.
+        """
+        if not names:
+            return
+        try:
+            found = filter_trackers(list(names), self._accelerator.logging_dir)
+        except ValueError as error:
+            raise ConfigError(f"run.trackers: {error}") from error
+        missing = sorted(set(names) - {str(tracker) for tracker in found})
+        if missing:
+            raise ConfigError(
+                f"run.trackers asks for {', '.join(missing)}, which is not installed; "
+                f"install it (pip install {' '.join(missing)}) or take it out of run.trackers"
+            )
+        self._accelerator.log_with = found
+        self._accelerator.init_trackers(project, config=_flat(config))
+        self._tracking = True
+
+    def track(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand a step's numbers to the trackers; rank 0's count, and none without trackers."""
+        if self._tracking:
+            self._accelerator.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Finish the trackers and leave the process group. Once is enough, twice is safe."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._tracking:
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+        if self.world_size > 1 and self._owns_process_group and distributed.is_initialized():
+            try:
+                distributed.destroy_process_group()
+            except (AssertionError, ValueError) as error:
+                # An in-process vLLM that was closed first has taken groups away with it.
+                logger.debug("the process group was already gone: %s", error)
+            # accelerate remembers the group as long as the process lives; the next Runtime must be
+            # able to join anew.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested configuration as `a.b: value`, of the value types every tracker takes."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, bool | int | float | str)
+            flat[f"{prefix}{key}"] = value if plain else str(value)
+    return flat
