@@ -1,0 +1,168 @@
+"""Which responses are sampled for which prompts. A plan asks an engine; it never imports one."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmac.core.measures import Last, Measure, Sum
+from llmac.core.protocols import PromptSource, Request, RolloutEngine, SamplingParams, Scorer
+from llmac.core.types import AllSum, Prompt, Trajectory, identity
+
+SEED_STRIDE = 1_000_003
+"""Distance between the seeds of two steps; a prime above the number of responses of a step."""
+
+Group = list[Trajectory]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat:
+    """`group_size` independent responses to each prompt: PPO, GRPO, RLOO and most others.
+
+    With `informative_only` this is DAPO's dynamic sampling (Yu et al. 2025, arXiv:2503.14476,
+    section 3.2): groups whose rewards are all equal have no advantage and are dropped, and more are
+    drawn until every rank is full.
+    """
+
+    group_size: int
+    """G: responses a prompt."""
+    prompts_per_step: int
+    """Groups this rank contributes to a step."""
+    sampling: SamplingParams
+    """How to sample; `n` and `seed` are set by the plan."""
+    informative_only: bool = False
+    """Drop groups with all-equal rewards and draw others in their place."""
+    max_rounds: int = 10
+    """Give up drawing after this many rounds and fill up with uninformative groups. 10 in DAPO's recipe."""
+
+    def __post_init__(self) -> None:
+        """Refuse plans that can sample nothing or keep nothing."""
+        counts = {
+            "group_size": self.group_size,
+            "prompts_per_step": self.prompts_per_step,
+            "max_rounds": self.max_rounds,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} is at least 1; found {count}")
+        if self.informative_only and self.group_size < 2:
+            raise ValueError(
+                "informative_only compares siblings; it needs group_size >= 2, found 1"
+            )
+
+    @property
+    def length_limit(self) -> int:
+        """Response length, tokens, at which sampling is cut."""
+        return self.sampling.max_new_tokens
+
+    def rollout(
+        self,
+        engine: RolloutEngine,
+        prompts: PromptSource,
+        score: Scorer,
+        *,
+        seed: int,
+        sum_across: AllSum = identity,
+    ) -> tuple[list[Trajectory], dict[str, Measure]]:
+        """Sample and score `prompts_per_step` groups on this rank.
+
+        Ranks go through the rounds in step, each drawing as many prompts as all ranks together
+        still miss (at most its share), so that their prompt cursors stay in step and no rank waits
+        for one that has stopped.
+
+        Args:
+            engine: samples.
+            prompts: this rank's share of the prompts.
+            score: sets the rewards.
+            seed: of this step and rank; same seed, weights and prompts: same responses.
+            sum_across: sums over ranks; used with `informative_only`.
+
+        Returns:
+            trajectories: siblings adjacent, groups numbered in the order they were sampled.
+            metrics: with `informative_only`, `rollout/rounds`; `rollout/groups_dropped`: all-equal
+                groups not returned; `rollout/groups_surplus`: informative groups beyond the share,
+                not returned;
+                `rollout/groups_filled`: all-equal groups returned for want of better ones.
+        """
+        if not self.informative_only:
+            groups = self._sample(
+                engine, prompts.take(self.prompts_per_step), score, seed=seed, first_group=0
+            )
+            return _flatten(groups), {}
+
+        informative: list[Group] = []
+        uninformative: list[Group] = []
+        missing, rounds = self.prompts_per_step, 0
+        while missing and rounds < self.max_rounds:
+            drawn = len(informative) + len(uninformative)
+            for group in self._sample(
+                engine, prompts.take(missing), score, seed=seed, first_group=drawn
+            ):
+                (informative if len({t.reward for t in group}) > 1 else uninformative).append(group)
+            rounds += 1
+            missing = int(
+                sum_across(torch.tensor(max(0, self.prompts_per_step - len(informative))))
+            )
+            missing = min(missing, self.prompts_per_step)
+
+        kept = informative[: self.prompts_per_step]
+        filled = uninformative[: self.prompts_per_step - len(kept)]
+        return _flatten(kept + filled), {
+            "rollout/rounds": Last(float(rounds)),
+            "rollout/groups_dropped": Sum(float(len(uninformative) - len(filled))),
+            "rollout/groups_surplus": Sum(float(len(informative) - len(kept))),
+            "rollout/groups_filled": Sum(float(len(filled))),
+        }
+
+    def _sample(
+        self,
+        engine: RolloutEngine,
+        prompts: Sequence[Prompt],
+        score: Scorer,
+        *,
+        seed: int,
+        first_group: int,
+    ) -> list[Group]:
+        # Engines give the i-th of n responses seed + i, so seeds of neighbouring prompts lie
+        # group_size apart.
+        requests = [
+            Request(
+                prompt_ids=prompt.token_ids,
+                params=dataclasses.replace(
+                    self.sampling,
+                    n=self.group_size,
+                    seed=(seed * SEED_STRIDE + (first_group + index) * self.group_size) % 2**31,
+                ),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        trajectories = [
+            Trajectory(
+                prompt=prompt,
+                response_ids=completion.token_ids,
+                action_mask=(True,) * len(completion.token_ids),
+                sampler_logprobs=completion.logprobs,
+                finish=completion.finish,
+                group=first_group + index,
+                policy_version=completion.policy_version,
+            )
+            for index, (prompt, completions) in enumerate(
+                zip(prompts, engine.generate(requests), strict=True)
+            )
+            for completion in completions
+        ]
+        expected = len(prompts) * self.group_size
+        if len(trajectories) != expected:
+            raise ValueError(
+                f"the engine was asked for {self.group_size} responses to each of {len(prompts)} prompts, "
+                f"{expected} in all, and returned {len(trajectories)}"
+            )
+        scored = score(trajectories)
+        return [
+            scored[start : start + self.group_size] for start in range(0, expected, self.group_size)
+        ]
+
+
+def _flatten(groups: Sequence[Group]) -> list[Trajectory]:
+    return [trajectory for group in groups for trajectory in group]
