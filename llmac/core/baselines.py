@@ -129,7 +129,7 @@ def leave_one_out(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float
     mean, size = group_mean(rewards, group)
     if (size < 2).any():
         raise ValueError(
-            f"group {group[size < 2][0].item()} has one response; leave-one-out needs at least two: "
-            "raise group_size"
+            f"group {group[size < 2][0].item()} has one response; leave-one-out needs at least "
+            "two: raise group_size"
         )
     return (rewards - mean) * size / (size - 1)

@@ -66,8 +66,8 @@ def _check(trajectory: Trajectory) -> None:
     )
     if len(set(lengths)) != 1:
         raise ValueError(
-            f"{name} has {lengths[0]} token ids, {lengths[1]} mask entries and {lengths[2]} log-probs; "
-            "each token has one of each"
+            f"{name} has {lengths[0]} token ids, {lengths[1]} mask entries and {lengths[2]} "
+            "log-probs; each token has one of each"
         )
 
 

@@ -89,8 +89,7 @@ def sampler_gap(
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that at least one of `k` responses drawn from `n` is right, when `c` of the `n`
-    are.
+    """Probability that at least one of `k` responses is right, drawn from `n` of which `c` are.
 
         pass@k = 1 - C(n-c, k) / C(n, k)
 
@@ -136,7 +135,8 @@ def advantage_by_outcome(
     Returns:
         `critic/advantages/good/mean` and `critic/advantages/bad/mean`, means over tokens.
 
-    >>> advantages, mask = torch.tensor([[1., 3.], [-1., 9.]]), torch.tensor([[True] * 2, [True, False]])
+    >>> advantages = torch.tensor([[1., 3.], [-1., 9.]])
+    >>> mask = torch.tensor([[True, True], [True, False]])
     >>> split = advantage_by_outcome(advantages, mask, torch.tensor([1., 0.]))
     >>> split["critic/advantages/good/mean"].value, split["critic/advantages/bad/mean"].value
     (2.0, -1.0)

@@ -26,7 +26,7 @@ def importance_weights(
     """Bounded weights π_old/μ to multiply onto the policy loss.
 
         level "token":     ρ_t = exp(clamp(log π_old(a_t|s_t) - log μ(a_t|s_t), ±20))
-        level "sequence":  ρ   = exp(clamp(Σ_t mask · (log π_old - log μ), ±20)), the same for all tokens
+        level "sequence":  ρ   = exp(clamp(Σ_t mask · (log π_old - log μ), ±20)), one for all tokens
         kind "truncate":   w = clamp(ρ, low, high)
         kind "mask":       w = ρ if low <= ρ <= high else 0
 

@@ -19,8 +19,9 @@ KLKind = Literal["k1", "k2", "k3", "k3+"]
 def kl_estimate(
     logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"], kind: KLKind
 ) -> Float[Tensor, "B T"]:
-    """Estimate of KL(π ‖ π_ref) at each token, for tokens sampled from π. With d = log π - log
-    π_ref:
+    """Estimate of KL(π ‖ π_ref) at each token, for tokens sampled from π.
+
+    With d = log π - log π_ref:
 
         k1  = d                  unbiased, high variance, negative half of the time
         k2  = d² / 2             biased, low variance; its gradient is that of the KL

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ± this: e^20 is far outside any clip range, and e^89 would overflow float32."""
+"""Log-ratios are clamped to ± this: far outside any clip range; e^89 would overflow float32."""
 
 
 def log_ratio(
@@ -53,7 +53,8 @@ def sequence_log_ratio(
     Returns:
         Log-ratio, nats, to be used in place of `log_ratio`; 0 where `mask` is False.
 
-    >>> sequence_log_ratio(torch.tensor([[.3, -.1]]), torch.zeros(1, 2), torch.tensor([[True, True]]))
+    >>> both = torch.tensor([[True, True]])
+    >>> sequence_log_ratio(torch.tensor([[.3, -.1]]), torch.zeros(1, 2), both)
     tensor([[0.1000, 0.1000]])
     """
     difference = (logprobs - old_logprobs).detach().where(mask, 0.0)
@@ -70,8 +71,7 @@ def clipped_surrogate(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """PPO's clipped objective as a loss: no reward for moving the ratio further than the clip
-    range.
+    """PPO's clipped objective as a loss: no reward for leaving the clip range.
 
         l_t = max(-Â_t · ρ_t,  -Â_t · clamp(ρ_t, 1 - clip_low, 1 + clip_high))
         dual clip, for Â_t < 0:  l_t = min(l_t, -dual_clip · Â_t)
@@ -93,8 +93,8 @@ def clipped_surrogate(
         clipped: True where the clip range took the gradient away. Tokens stopped by the dual clip
             are not among them; those are `(advantages < 0) & (log_ratio.exp() > dual_clip)`.
 
-    >>> loss, clipped = clipped_surrogate(torch.tensor([[1.5, 0.5]]).log(), torch.ones(1, 2), clip_low=.2, clip_high=.2)
-    >>> loss, clipped
+    >>> ratio, advantages = torch.tensor([[1.5, 0.5]]), torch.ones(1, 2)
+    >>> clipped_surrogate(ratio.log(), advantages, clip_low=0.2, clip_high=0.2)
     (tensor([[-1.2000, -0.5000]]), tensor([[ True, False]]))
     """
     if dual_clip is not None and dual_clip <= 1.0:
@@ -133,7 +133,8 @@ def cispo(
     Returns:
         Loss per token.
 
-    >>> cispo(torch.tensor([[-1.]]), torch.tensor([[2.]]), torch.ones(1, 1), cap_low=0.0, cap_high=5.0)
+    >>> logprobs, ratio = torch.tensor([[-1.]]), torch.tensor([[7.]])
+    >>> cispo(logprobs, ratio.log(), torch.ones(1, 1), cap_low=0.0, cap_high=5.0)
     tensor([[5.]])
     """
     return reinforce(logprobs, log_ratio.detach().exp().clamp(cap_low, cap_high) * advantages)
@@ -186,8 +187,7 @@ def value_clipped(
     *,
     clip: float,
 ) -> Float[Tensor, "B T"]:
-    """The critic's squared error, without reward for moving further than `clip` from where it
-    stood.
+    """The critic's squared error, without reward for moving further than `clip`.
 
         l_t = ½ · max((V - G)²,  (clamp(V, V_old - clip, V_old + clip) - G)²)
 

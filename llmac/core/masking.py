@@ -1,5 +1,4 @@
-"""Statistics of what counts: masked mean and variance, whitening, and the four ways to average a
-loss.
+"""Statistics of what counts: masked mean and variance, whitening, and four ways to average a loss.
 
 Masks are bool and True means "counts". What does not count may hold anything, NaN included.
 """
@@ -127,10 +126,10 @@ def aggregate(
     With l_it the losses, L_i the counted tokens of row i, N = Σ L_i, S = rows with L_i > 0, H =
     `horizon`:
 
-        token_mean                     Σ_it l_it            / N     every token weighs the same (DAPO)
-        sequence_mean_token_mean       Σ_i (Σ_t l_it / L_i) / S     every response weighs the same (GRPO)
+        token_mean                     Σ_it l_it            / N     tokens weigh the same (DAPO)
+        sequence_mean_token_mean       Σ_i (Σ_t l_it / L_i) / S     responses do (GRPO)
         sequence_mean_token_sum        Σ_it l_it            / S
-        sequence_mean_token_sum_norm   Σ_it l_it / H        / S     no length bias (Dr.GRPO, arXiv:2503.20783)
+        sequence_mean_token_sum_norm   Σ_it l_it / H        / S     Dr.GRPO, arXiv:2503.20783
 
     Totals and weights of parts add up to those of the whole, so dividing once by the summed weight
     gives the same gradient for any split of the rows into micro-batches and ranks. Dividing each
@@ -148,7 +147,8 @@ def aggregate(
         weight: what to divide it by, once, summed over everything: N or S. Equal to
             `aggregation_weight`.
 
-    >>> loss, mask = torch.tensor([[2., 0., 0.], [1., 1., 1.]]), torch.tensor([[True, False, False], [True] * 3])
+    >>> loss = torch.tensor([[2., 0., 0.], [1., 1., 1.]])
+    >>> mask = torch.tensor([[True, False, False], [True, True, True]])
     >>> aggregate(loss, mask, "token_mean", horizon=3)
     (tensor(5.), tensor(4.))
     >>> aggregate(loss, mask, "sequence_mean_token_mean", horizon=3)

@@ -34,7 +34,7 @@ class Flat:
     informative_only: bool = False
     """Drop groups with all-equal rewards and draw others in their place."""
     max_rounds: int = 10
-    """Give up drawing after this many rounds and fill up with uninformative groups. 10 in DAPO's recipe."""
+    """After this many rounds, fill up with uninformative groups. 10 in DAPO's recipe."""
 
     def __post_init__(self) -> None:
         """Refuse plans that can sample nothing or keep nothing."""
@@ -155,8 +155,8 @@ class Flat:
         expected = len(prompts) * self.group_size
         if len(trajectories) != expected:
             raise ValueError(
-                f"the engine was asked for {self.group_size} responses to each of {len(prompts)} prompts, "
-                f"{expected} in all, and returned {len(trajectories)}"
+                f"the engine was asked for {self.group_size} responses to each of {len(prompts)} "
+                f"prompts, {expected} in all, and returned {len(trajectories)}"
             )
         scored = score(trajectories)
         return [

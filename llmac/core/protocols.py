@@ -83,6 +83,7 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
 class PromptSource(Protocol):
     """An endless, resumable stream of prompts, already sharded to this rank."""
 
@@ -91,12 +92,14 @@ class PromptSource(Protocol):
         ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Sets `reward`, `reward_parts` and `response_text` of finished trajectories."""
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]: ...
 
 
+@runtime_checkable
 class RolloutPlan(Protocol):
     """Decides which responses are sampled for which prompts. Implementations: `core.plans`."""
 
@@ -118,6 +121,7 @@ class RolloutPlan(Protocol):
         ...
 
 
+@runtime_checkable
 class Critic(Protocol):
     """Says V(s). Implementations: `critics/`. A critic that does not learn returns {} from `update`."""
 

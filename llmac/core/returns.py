@@ -46,8 +46,9 @@ def segment_gae(
         Advantages in the unit of `rewards`, one for each segment, repeated over its tokens; 0
         before the first start and where `action_mask` is False.
 
-    >>> segment_gae(torch.tensor([[0., 0., 1.]]), torch.tensor([[.2, .5, .8]]), torch.tensor([[True] * 3]),
-    ...             torch.zeros(1), gamma=1.0, lam=0.95)
+    >>> rewards, values = torch.tensor([[0., 0., 1.]]), torch.tensor([[.2, .5, .8]])
+    >>> starts = torch.tensor([[True, True, True]])
+    >>> segment_gae(rewards, values, starts, torch.zeros(1), gamma=1.0, lam=0.95)
     tensor([[0.7655, 0.4900, 0.2000]])
     """
     if action_mask is not None:
@@ -122,7 +123,8 @@ def place_outcome_rewards(
     Returns:
         Per-token rewards; a row without action tokens has none.
 
-    >>> place_outcome_rewards(torch.tensor([1., 2.]), torch.tensor([[True, True, False], [False] * 3]))
+    >>> action_mask = torch.tensor([[True, True, False], [False, False, False]])
+    >>> place_outcome_rewards(torch.tensor([1., 2.]), action_mask)
     tensor([[0., 1., 0.],
             [0., 0., 0.]])
     """

@@ -57,7 +57,8 @@ def low_probability(
         action_mask: True = sampled by the policy.
         threshold: probability; 0.9 in SPO.
 
-    >>> low_probability(torch.tensor([[.95, .5, .99]]).log(), torch.tensor([[True] * 3]), threshold=0.9)
+    >>> logprobs, action_mask = torch.tensor([[.95, .5, .99]]).log(), torch.tensor([[True] * 3])
+    >>> low_probability(logprobs, action_mask, threshold=0.9)
     tensor([[ True,  True, False]])
     """
     return action_mask & ((logprobs.exp() < threshold) | response_start(action_mask))
