@@ -1,4 +1,4 @@
-"""The distributed room: processes, devices, gradients across ranks, checkpoints, weights on the way out.
+"""The distributed room: processes, devices, gradients across ranks, checkpoints, outgoing weights.
 
 The only package that may import accelerate or DeepSpeed; nothing above it knows how many processes
 there are, beyond `Runtime.sum` and its siblings. May import `core`, `errors`, torch, peft.

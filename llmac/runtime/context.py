@@ -44,7 +44,7 @@ class Runtime:
     A minibatch split over ranks and micro-batches has the gradient of the whole when each
     micro-batch contributes
 
-        loss = total · gradient_scale / weight,    weight = sum(Σ of this rank's micro-batch weights)
+        loss = total · gradient_scale / weight,    weight = sum(Σ of this rank's own weights)
 
     because DDP *averages* over ranks: every rank receives (1/R)·Σ_r ∂loss_r, and
     `gradient_scale` = R undoes the 1/R. Only the last micro-batch synchronises (`accumulate`), and
@@ -71,7 +71,7 @@ class Runtime:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.local_rank: int = max(accelerator.local_process_index, 0)
-        # accelerate numbers CPU devices by rank ("cpu:0"), which compares unequal to a tensor's "cpu".
+        # accelerate numbers CPU devices by rank; its "cpu:0" compares unequal to a tensor's "cpu".
         device = accelerator.device
         self.device: torch.device = torch.device("cpu") if device.type == "cpu" else device
 
@@ -106,8 +106,8 @@ class Runtime:
             )
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         on_cpu = launched and not torch.cuda.is_available()
-        # Without broadcast_buffers=False even a forward without gradients is a collective, and ranks
-        # with different numbers of them (ragged rollouts) would wait for each other for ever.
+        # With broadcast_buffers even a forward without gradients is a collective, and ranks with
+        # different numbers of them (ragged rollouts) would wait for each other for ever.
         handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         if launched:
             timeout = timedelta(seconds=timeout_seconds)
@@ -191,7 +191,7 @@ class Runtime:
             self._accelerator.wait_for_everyone()
 
     def seed(self, n: int) -> int:
-        """Seed python, numpy and torch (all devices) from `n` and the rank; returns the rank's seed.
+        """Seed python, numpy and torch (all devices) from `n` and the rank; returns that seed.
 
         Hashed, not added: with n + rank, rank 1 of seed 0 would repeat rank 0 of seed 1.
         """
@@ -203,7 +203,7 @@ class Runtime:
         return own
 
     def prepare(self, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Move both to the device and tie the module's gradients across ranks; rank 0's weights win.
+        """Move both to the device and tie the gradients across ranks; rank 0's weights win.
 
         A forward pass that leads to `backward` must go through the returned module, not through a
         part of it: gradients are synchronised only for what entered by the front door, and every
