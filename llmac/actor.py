@@ -1,0 +1,183 @@
+"""The actor: says how likely the responses are, and moves the policy along the advantages."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmac.algorithms.base import Algorithm
+from llmac.core.measures import Measure, combine
+from llmac.core.types import Batch, Credit, Loss, Rollouts
+from llmac.errors import ConsistencyError
+from llmac.models.packing import PackedRows, micro_batches, pack
+from llmac.models.policy import TokenPolicy
+from llmac.runtime.context import Runtime
+from llmac.runtime.learner import Learner
+from llmac.runtime.weights import full_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """π_ref: a frozen policy of its own, or the trained one with its adapter switched off."""
+
+    policy: TokenPolicy
+    frozen_adapter: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class Actor:
+    """Owns the policy and its `Learner`."""
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        learner: Learner,
+        runtime: Runtime,
+        *,
+        reference: Reference | None,
+        pad_id: int,
+        epochs: int,
+        minibatches: int,
+        max_tokens_per_microbatch: int,
+        ratio_tolerance: float,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            policy: the module inside `learner`.
+            learner: takes the optimizer steps.
+            runtime: the process group.
+            reference: needed by algorithms with `uses_reference`.
+            pad_id: any token id; padding is never looked at.
+            epochs: passes over the step's rollouts.
+            minibatches: optimizer steps per pass.
+            max_tokens_per_microbatch: bound on rows x longest row, prompt and padding included.
+            ratio_tolerance: how far the first importance ratio of a step may be from 1 (on-policy check).
+        """
+        self._policy = policy
+        self._learner = learner
+        self._runtime = runtime
+        self._reference = reference
+        self._pad_id = pad_id
+        self._epochs = epochs
+        self._minibatches = minibatches
+        self._max_tokens = max_tokens_per_microbatch
+        self._ratio_tolerance = ratio_tolerance
+
+    @property
+    def model(self) -> nn.Module:
+        """The Hugging Face model in training, peft wrapper included."""
+        return self._policy.model
+
+    def annotate(self, batch: Batch, *, reference: bool) -> Rollouts:
+        """The batch with log-probs of the policy as it is now, and of the reference if asked for."""
+        return Rollouts(
+            response_ids=batch.response_ids,
+            action_mask=batch.action_mask,
+            rewards=batch.rewards,
+            truncated=batch.truncated,
+            group=batch.group,
+            sampler_logprobs=batch.sampler_logprobs,
+            old_logprobs=self._logprobs(batch, lambda rows: self._learner.look(lambda m: m(rows))[0]),
+            ref_logprobs=self._logprobs(batch, self._reference_logprobs) if reference else None,
+            length_limit=batch.length_limit,
+            trajectories=batch.trajectories,
+        )
+
+    def update(self, rollouts: Rollouts, credit: Credit, algorithm: Algorithm) -> dict[str, Measure]:
+        """`epochs` passes of `minibatches` optimizer steps each.
+
+        Raises:
+            ConsistencyError: on the first micro-batch, before anything was learned, the importance ratio is not 1.
+        """
+        metrics: dict[str, Measure] = {}
+        parts = minibatch_rows(len(rollouts.trajectories), self._minibatches)
+        for epoch in range(self._epochs):
+            for number, index in enumerate(parts):
+                part = rollouts.rows(index)
+                part_credit = credit.rows(index, part.response_ids.shape[1])
+                metrics = combine(
+                    metrics, self._step(part, part_credit, algorithm, on_policy=epoch == 0 and number == 0)
+                )
+        return metrics
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights in checkpoint naming, adapters merged: what an engine loads."""
+        return full_weights(self.model)
+
+    def logprobs_of(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> Tensor:
+        """log π of one response's tokens [T], for checking an engine against the policy."""
+        ids = torch.tensor([prompt_ids + response_ids])
+        start, width = len(prompt_ids), len(response_ids)
+        rows = PackedRows(
+            input_ids=ids,
+            states=torch.arange(start - 1, start + width)[None],
+            response_ids=ids[:, start:],
+            action_mask=torch.ones((1, width), dtype=torch.bool),
+            lengths=torch.tensor([width]),
+        )
+        return self._learner.look(lambda m: m(rows.to(self._runtime.device)))[0][0].cpu()
+
+    def save(self, directory: Path) -> None:
+        """Role `policy` of a checkpoint."""
+        self._learner.save(directory)
+
+    def load(self, directory: Path) -> None:
+        """Continue from a checkpoint."""
+        self._learner.load(directory)
+
+    def _step(
+        self, rollouts: Rollouts, credit: Credit, algorithm: Algorithm, *, on_policy: bool
+    ) -> dict[str, Measure]:
+        first = [on_policy]
+
+        def loss_of(module: nn.Module, index: Tensor) -> Loss:
+            part = rollouts.rows(index)
+            width = part.response_ids.shape[1]
+            rows = pack(part.trajectories, pad_id=self._pad_id).to(self._runtime.device)
+            logprobs, entropy = module(rows, entropy_gradient=algorithm.needs_entropy)
+            logprobs, entropy = logprobs.cpu(), entropy.cpu()
+            if first.pop() if first else False:
+                self._check_ratio(logprobs.detach(), part)
+            return algorithm.policy_loss(logprobs, part, credit.rows(index, width), entropy=entropy)
+
+        return self._learner.update(
+            micro_batches(rollouts.trajectories, max_tokens=self._max_tokens),
+            loss_of,
+            algorithm.loss_weight(rollouts, credit),
+        )
+
+    def _check_ratio(self, logprobs: Tensor, rollouts: Rollouts) -> None:
+        gap = (logprobs - rollouts.old_logprobs).abs() * rollouts.action_mask
+        worst = float(gap.max()) if gap.numel() else 0.0
+        if worst > self._ratio_tolerance or worst != worst:
+            raise ConsistencyError(
+                f"the policy has not moved since the rollouts were looked at, yet a log-probability changed by "
+                f"{worst:.3g} (tolerance {self._ratio_tolerance}, run.ratio_tolerance): something in the model is not "
+                "deterministic (dropout, a mixture-of-experts router) or the precision is low; with bfloat16, "
+                "raise run.ratio_tolerance to what your model needs"
+            )
+
+    def _reference_logprobs(self, rows: PackedRows) -> Tensor:
+        assert self._reference is not None
+        with torch.no_grad(), self._reference.frozen_adapter():
+            return self._reference.policy(rows)[0]
+
+    def _logprobs(self, batch: Batch, look: Callable[[PackedRows], Tensor]) -> Tensor:
+        result = torch.zeros(batch.response_ids.shape)
+        for index in micro_batches(batch.trajectories, max_tokens=self._max_tokens):
+            rows = pack([batch.trajectories[int(i)] for i in index], pad_id=self._pad_id)
+            logprobs = look(rows.to(self._runtime.device)).cpu()
+            result[index, : logprobs.shape[1]] = logprobs
+        return result
+
+
+def minibatch_rows(rows: int, minibatches: int) -> list[Tensor]:
+    """Contiguous, near-equal parts of a rank's rows; prompts are already in random order.
+
+    With prompts dealt to ranks in turn, part m of every rank together is part m of one process: the sharding law
+    holds for minibatches too.
+    """
+    return [part for part in torch.arange(rows).tensor_split(minibatches) if len(part)]

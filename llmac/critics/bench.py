@@ -1,0 +1,44 @@
+"""What a critic is built from: the parts of a run it may use."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from llmac.core.protocols import Critic, RolloutEngine, Scorer
+from llmac.models.loading import ModelSpec
+from llmac.models.policy import TokenPolicy
+from llmac.runtime.context import Runtime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticBench:
+    """Everything on the table when a critic is made."""
+
+    runtime: Runtime
+    model: ModelSpec
+    """The recipe's `model` section."""
+    policy: TokenPolicy
+    """The policy in training, for a shared trunk."""
+    engine: RolloutEngine
+    """For critics that sample continuations."""
+    score: Scorer
+    """For critics that ask for rewards."""
+    pad_id: int
+    minibatches: int
+    """Optimizer steps a pass, unless the critic says otherwise."""
+    max_tokens_per_microbatch: int
+    steps: int
+    """Steps of the run: the end of the critic's schedule."""
+    compute_dtype: torch.dtype | None
+    before_learning: Callable[[], None]
+
+
+@runtime_checkable
+class CriticConfig(Protocol):
+    """Settings of a critic that know how to build it."""
+
+    def build(self, bench: CriticBench) -> Critic:
+        """The live critic."""
+        ...

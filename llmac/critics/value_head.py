@@ -1,0 +1,243 @@
+"""The discriminative critic: a language model with a scalar head, its own optimizer, learning rate and schedule."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from llmac.core.losses import value_clipped, value_mse
+from llmac.core.masking import aggregate, aggregation_weight, masked_mean
+from llmac.core.measures import Mean, Measure, combine
+from llmac.core.types import CriticTargets, Loss, Rollouts, Values
+from llmac.critics.bench import CriticBench
+from llmac.models.loading import add_lora, load_backbone, torch_dtype, train_in_full_mode
+from llmac.models.packing import micro_batches, pack
+from llmac.models.policy import causal_lm
+from llmac.models.value_model import HEAD_FILE, ValueModel
+from llmac.runtime.context import Runtime
+from llmac.runtime.learner import Learner, Optimization
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueHeadConfig:
+    """Settings of the value-head critic."""
+
+    lr: float = 1e-5
+    """Learning rate of AdamW; ten times the policy's is usual (verl: 1e-5 against 1e-6)."""
+    init: str = "policy"
+    """Where the backbone's weights come from: `policy` (the starting policy) or a Hub id or folder."""
+    trunk: Literal["own", "shared"] = "own"
+    """A model of its own, or the policy's backbone with only the head added."""
+    detach_trunk: bool = True
+    """With a shared trunk: values do not move it. False: the critic's optimizer moves it too."""
+    lora: bool = False
+    """Train low-rank adapters (the sizes of `model.lora`) on an own trunk instead of all its weights."""
+    epochs: int = 1
+    """Passes over each step's rollouts."""
+    minibatches: int | None = None
+    """Optimizer steps a pass; None = as many as the actor takes."""
+    value_clip: float | None = 0.2
+    """How far a value may move from the one at collection before its loss is clipped, as a fraction of the width of
+    `reward_range`; None = no clipping. The peers' fixed 0.2 and 0.5 (TRL, verl) are this only for rewards in [0, 1]."""
+    reward_range: tuple[float, float] = (0.0, 1.0)
+    """Smallest and largest return to expect; sizes the clip."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """The schedule ends at this fraction of `lr`."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    eps: float = 1e-8
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        low, high = self.reward_range
+        if not low < high:
+            raise ValueError(f"reward_range must be (smallest, largest), found ({low}, {high})")
+        if self.value_clip is not None and self.value_clip <= 0:
+            raise ValueError(f"value_clip must be positive or null (no clipping), found {self.value_clip}")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, found {self.epochs}")
+
+    @property
+    def clip(self) -> float | None:
+        """The clip in units of reward."""
+        low, high = self.reward_range
+        return None if self.value_clip is None else self.value_clip * (high - low)
+
+    def build(self, bench: CriticBench) -> "ValueHead":
+        """The live critic: backbone, head, learner."""
+        model, fresh_head = self._model(bench)
+        if self.trunk == "own":
+            train_in_full_mode(model.backbone, gradient_checkpointing=bench.model.gradient_checkpointing)
+        model.to(bench.runtime.device)
+        minibatches = self.minibatches or bench.minibatches
+        learner = Learner(
+            model,
+            Optimization(
+                lr=self.lr,
+                schedule=self.schedule,
+                warmup_steps=self.warmup_steps,
+                min_lr_ratio=self.min_lr_ratio,
+                weight_decay=self.weight_decay,
+                betas=self.betas,
+                eps=self.eps,
+                max_grad_norm=self.max_grad_norm,
+            ),
+            bench.runtime,
+            name="critic",
+            total_steps=bench.steps * self.epochs * minibatches,
+            compute_dtype=bench.compute_dtype,
+            before_learning=bench.before_learning,
+        )
+        return ValueHead(
+            model,
+            learner,
+            bench.runtime,
+            self,
+            pad_id=bench.pad_id,
+            minibatches=minibatches,
+            max_tokens_per_microbatch=bench.max_tokens_per_microbatch,
+            fresh_head=fresh_head,
+        )
+
+    def _model(self, bench: CriticBench) -> tuple[ValueModel, bool]:
+        """The value model, and whether its head was never trained."""
+        if self.trunk == "shared":
+            return ValueModel(causal_lm(bench.policy.model).base_model, detach_trunk=self.detach_trunk), True
+        if (Path(self.init) / HEAD_FILE).is_file():
+            return ValueModel.from_pretrained(self.init, dtype=torch_dtype(bench.model)), False
+        backbone = load_backbone(bench.model, None if self.init == "policy" else self.init)
+        if self.lora:
+            assert bench.model.lora is not None, "checked with the recipe"
+            backbone = add_lora(backbone, bench.model.lora, task="FEATURE_EXTRACTION")
+        return ValueModel(backbone), True
+
+
+class ValueHead:
+    """A learning `Critic`.
+
+    Until it is first asked it knows nothing; its head's bias is then set to the mean reward of those rollouts, so that
+    the explained variance at step 0 is 0 and not negative.
+    """
+
+    def __init__(
+        self,
+        model: ValueModel,
+        learner: Learner,
+        runtime: Runtime,
+        config: ValueHeadConfig,
+        *,
+        pad_id: int,
+        minibatches: int,
+        max_tokens_per_microbatch: int,
+        fresh_head: bool,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            model: the module inside `learner`.
+            learner: takes the optimizer steps.
+            runtime: the process group.
+            config: settings.
+            pad_id: any token id; padding is never looked at.
+            minibatches: optimizer steps a pass.
+            max_tokens_per_microbatch: bound on rows x longest row.
+            fresh_head: the head was never trained; start it at the mean reward.
+        """
+        self._model = model
+        self._learner = learner
+        self._runtime = runtime
+        self._config = config
+        self._pad_id = pad_id
+        self._minibatches = minibatches
+        self._max_tokens = max_tokens_per_microbatch
+        self._fresh_head = fresh_head
+
+    def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
+        """V(s_t) where `starts`, and V(s_T) for truncated rows."""
+        if self._fresh_head:
+            self._start_at(rollouts)
+        rows, width = rollouts.response_ids.shape
+        at, bootstrap = torch.zeros(rows, width), torch.zeros(rows)
+        for index in micro_batches(rollouts.trajectories, max_tokens=self._max_tokens):
+            packed = pack([rollouts.trajectories[int(i)] for i in index], pad_id=self._pad_id)
+            device_rows = packed.to(self._runtime.device)
+            values = self._learner.look(lambda m, r=device_rows: m(r)).cpu()
+            at[index, : values.shape[1] - 1] = values[:, :-1]
+            bootstrap[index] = values.gather(1, packed.lengths[:, None]).squeeze(1)
+        return Values(at=at * starts, starts=starts, bootstrap=bootstrap * rollouts.truncated)
+
+    def update(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
+        """`epochs` passes of clipped squared error towards the returns."""
+        metrics: dict[str, Measure] = {}
+        for _ in range(self._config.epochs):
+            for index in torch.arange(len(rollouts.trajectories)).tensor_split(self._minibatches):
+                if not len(index):
+                    continue
+                part = rollouts.rows(index)
+                part_targets = targets.rows(index, part.response_ids.shape[1])
+                metrics = combine(metrics, self._step(part, part_targets))
+        return metrics
+
+    def save(self, directory: Path) -> None:
+        """Role `critic` of a checkpoint."""
+        self._learner.save(directory)
+
+    def load(self, directory: Path) -> None:
+        """Continue from a checkpoint; a trained head is not started again."""
+        self._learner.load(directory)
+        self._fresh_head = False
+
+    def save_pretrained(self, directory: Path) -> None:
+        """A folder that `ValueModel.from_pretrained` loads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._model.save_pretrained(directory)
+
+    def _start_at(self, rollouts: Rollouts) -> None:
+        outcomes = rollouts.rewards.sum(1)
+        mean = masked_mean(outcomes, torch.ones_like(outcomes, dtype=torch.bool), sum_across=self._runtime.sum)
+        with torch.no_grad():
+            self._model.head.bias.fill_(float(mean))
+        self._fresh_head = False
+
+    def _step(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
+        def loss_of(module: nn.Module, index: Tensor) -> Loss:
+            part = rollouts.rows(index)
+            wanted = targets.rows(index, part.response_ids.shape[1])
+            rows = pack(part.trajectories, pad_id=self._pad_id).to(self._runtime.device)
+            return self._loss(module(rows)[:, :-1].cpu(), wanted)
+
+        return self._learner.update(
+            micro_batches(rollouts.trajectories, max_tokens=self._max_tokens),
+            loss_of,
+            aggregation_weight(targets.value_mask, "token_mean"),
+        )
+
+    def _loss(self, values: Tensor, targets: CriticTargets) -> Loss:
+        mask, clip = targets.value_mask, self._config.clip
+        if clip is None:
+            per_token = value_mse(values, targets.returns)
+            clipped = torch.zeros_like(mask)
+        else:
+            per_token = value_clipped(values, targets.old_values, targets.returns, clip=clip)
+            clipped = (values.detach() - targets.old_values).abs() > clip
+        total, weight = aggregate(per_token, mask, "token_mean", horizon=1)
+        return Loss(
+            total=total,
+            weight=weight,
+            metrics={
+                "critic/vf_loss": Mean(total.detach(), weight),
+                "critic/vf_clipfrac": Mean((clipped & mask).sum(), weight),
+            },
+        )

@@ -1,0 +1,135 @@
+"""Names to live tokenizers and models: Hub ids and local folders alike."""
+
+import logging
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmac.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class LoraSpec(Protocol):
+    """What `model.lora` of a recipe says."""
+
+    r: int
+    alpha: int
+    target_modules: str | list[str]
+
+
+class ModelSpec(Protocol):
+    """What the `model` section of a recipe says."""
+
+    name: str
+    tokenizer: str | None
+    revision: str | None
+    dtype: str
+    trust_remote_code: bool
+    attention: str | None
+    gradient_checkpointing: bool
+    lora: LoraSpec | None
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token.
+
+    Raises:
+        ConfigError: there is none at that name, or it has neither a padding nor an end-of-sequence token.
+    """
+    name = spec.tokenizer or spec.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as reason:
+        raise ConfigError(f"model.tokenizer: no tokenizer could be loaded from {name!r}: {reason}") from reason
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"model.tokenizer: {name!r} has neither a padding nor an end-of-sequence token; "
+                "responses could not end. Set tokenizer.eos_token and save it again"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(spec: ModelSpec, name: str | None = None) -> PreTrainedModel:
+    """The causal language model of a recipe, without adapters, dropout off.
+
+    Dropout is off because the policy that learns must be the policy that sampled: with dropout the importance ratio
+    of an on-policy step is not 1.
+    """
+    return _load(AutoModelForCausalLM, spec, name)
+
+
+def load_backbone(spec: ModelSpec, name: str | None = None) -> PreTrainedModel:
+    """The same model without its language head (`AutoModel`), for a critic."""
+    return _load(AutoModel, spec, name)
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSpec, *, task: str | None = "CAUSAL_LM") -> nn.Module:
+    """Freeze `model` and put trainable low-rank adapters on it; initially they change nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            target_modules=lora.target_modules,
+            task_type=task,
+        ),
+    )
+
+
+def train_in_full_mode(model: nn.Module, *, gradient_checkpointing: bool) -> None:
+    """Put a model in training mode with every dropout at 0, and recompute activations if asked to."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if gradient_checkpointing:
+        causal_lm: Any = model  # PreTrainedModel, or a peft model that passes these calls on
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal_lm.enable_input_require_grads()
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens the model was made for, prompt and response together; None if its configuration does not say."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # absent in some
+    return int(length) if length else None
+
+
+def torch_dtype(spec: ModelSpec) -> torch.dtype:
+    """The dtype of the trained parameters."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[spec.dtype]
+
+
+def _load(auto: Any, spec: ModelSpec, name: str | None) -> PreTrainedModel:
+    name = name or spec.name
+    options: dict[str, Any] = {} if spec.attention is None else {"attn_implementation": spec.attention}
+    try:
+        model = auto.from_pretrained(
+            name,
+            dtype=torch_dtype(spec),
+            revision=spec.revision if name == spec.name else None,
+            trust_remote_code=spec.trust_remote_code,
+            **options,
+        )
+    except OSError as reason:
+        raise ConfigError(f"model.name: no model could be loaded from {name!r}: {reason}") from reason
+    for field in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if getattr(model.config, field, 0.0):  # each architecture has some of these
+            setattr(model.config, field, 0.0)
+            logger.info("%s: %s is off during reinforcement learning", name, field)
+    return model

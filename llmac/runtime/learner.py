@@ -1,0 +1,215 @@
+"""One optimizer step from many micro-batches on many ranks, with one denominator."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from llmac.core.measures import Last, Mean, Measure, Sum, combine
+from llmac.core.types import Loss
+from llmac.errors import ConsistencyError
+from llmac.runtime.context import Runtime
+
+Rows = TypeVar("Rows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimization:
+    """How one module is optimized: AdamW, a schedule, gradient clipping."""
+
+    lr: float
+    schedule: str = "constant"
+    """constant | linear | cosine, after a linear warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    min_lr_ratio: float = 0.0
+    """The schedule ends at this fraction of `lr`."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+
+    def lr_factor(self, step: int, total_steps: int) -> float:
+        """Learning rate at optimizer step `step` (from 0) as a fraction of `lr`.
+
+        >>> o = Optimization(lr=1.0, schedule="linear", warmup_steps=2)
+        >>> [round(o.lr_factor(s, 6), 2) for s in range(7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        shape = {
+            "constant": 1.0,
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        }
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape[self.schedule]
+
+
+class Learner:
+    """Owns a module's optimizer. Losses come undivided; the gradient is divided once, by the global weight.
+
+        g = Σ_ranks Σ_micro ∇ total / Σ_ranks Σ_micro weight
+
+    Dividing per micro-batch would be a mean of means: any split into micro-batches and ranks gives the same gradient
+    here (see tests/runtime/test_sharding.py).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimization: Optimization,
+        runtime: Runtime,
+        *,
+        name: str,
+        total_steps: int,
+        compute_dtype: torch.dtype | None = None,
+        before_learning: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Build the optimizer over the trainable parameters of `module` and prepare both for the runtime.
+
+        Args:
+            module: what is called in `loss_of`.
+            optimization: learning rate and the rest.
+            runtime: the process group.
+            name: prefix of the metrics, `actor` or `critic`.
+            total_steps: optimizer steps of the whole run; the end of the schedule.
+            compute_dtype: autocast forward passes to this; None = the parameters' own.
+            before_learning: called before each use; a colocated engine sleeps here.
+        """
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            _decay_groups(module, optimization.weight_decay),
+            lr=optimization.lr,
+            betas=optimization.betas,
+            eps=optimization.eps,
+            fused=_fusable(trainable),
+        )
+        self._runtime = runtime
+        self._name = name
+        self._optimization = optimization
+        self._total_steps = total_steps
+        self._compute_dtype = compute_dtype
+        self._before_learning = before_learning
+        self.steps = 0
+        self.module, self._optimizer = runtime.prepare(module, optimizer)
+
+    @torch.no_grad()
+    def look(
+        self, forward: Callable[[nn.Module], Tensor | tuple[Tensor, ...]]
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Run `forward` on the module without gradients, in the precision of training."""
+        self._before_learning()
+        with self._runtime.autocast(self._compute_dtype):
+            return forward(self._runtime.unwrap(self.module))
+
+    def update(
+        self,
+        micro_batches: Sequence[Rows],
+        loss_of: Callable[[nn.Module, Rows], Loss],
+        weight: Tensor,
+    ) -> dict[str, Measure]:
+        """One optimizer step.
+
+        Args:
+            micro_batches: this rank's parts of the global minibatch, in any split.
+            loss_of: the undivided loss of one part.
+            weight: this rank's share of the denominator, known before the forward pass.
+
+        Returns:
+            The losses' metrics, gradient norm before clipping, learning rate.
+
+        Raises:
+            ConsistencyError: the losses' weights do not add up to `weight`, or the gradient is not finite.
+        """
+        self._before_learning()
+        global_weight = float(self._runtime.sum(weight.detach().double()))
+        if global_weight == 0.0:
+            return {f"{self._name}/empty_minibatches": Sum(1.0)}
+        metrics: dict[str, Measure] = {}
+        seen = 0.0
+        scale = self._runtime.gradient_scale / global_weight
+        for index, rows in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self._runtime.no_sync(self.module):
+                with self._runtime.autocast(self._compute_dtype):
+                    loss = loss_of(self.module, rows)
+                self._runtime.backward(loss.total * scale)
+            seen += float(loss.weight)
+            metrics = combine(metrics, loss.metrics)
+        if not math.isclose(seen, float(weight), rel_tol=1e-4, abs_tol=1e-6):
+            raise ConsistencyError(
+                f"{self._name}: the micro-batches weigh {seen} together, but the minibatch was announced with "
+                f"{float(weight)}; loss_weight and policy_loss of the algorithm disagree"
+            )
+        lr = self._optimization.lr * self._optimization.lr_factor(self.steps, self._total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._runtime.step(self.module, self._optimizer, max_norm=self._optimization.max_grad_norm)
+        if not math.isfinite(float(norm)):
+            raise ConsistencyError(
+                f"{self._name}: the gradient norm is {float(norm)} at optimizer step {self.steps}; "
+                "no update was made. Look at the learning rate, the rewards and the precision"
+            )
+        self.steps += 1
+        return combine(
+            metrics, {f"{self._name}/grad_norm": Mean(norm.detach()), f"{self._name}/lr": Last(lr)}
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write module, optimizer and step count (role of a checkpoint)."""
+        if self._runtime.is_main:
+            torch.save(
+                {
+                    "module": _trainable_state(self._runtime.unwrap(self.module)),
+                    "optimizer": self._optimizer.state_dict(),
+                    "steps": self.steps,
+                },
+                directory / "learner.pt",
+            )
+
+    def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote."""
+        state = torch.load(directory / "learner.pt", map_location="cpu", weights_only=True)
+        module = self._runtime.unwrap(self.module)
+        missing, unexpected = module.load_state_dict(state["module"], strict=False)
+        wanted = {name for name, p in module.named_parameters() if p.requires_grad}
+        lost = sorted(wanted.intersection(missing)) + sorted(unexpected)
+        if lost:
+            raise ConsistencyError(
+                f"{self._name}: checkpoint {directory} does not fit the module: {lost[:5]}"
+            )
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.steps = int(state["steps"])
+
+
+def _trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters that learn, and buffers; a frozen base is loaded from where it came from."""
+    trained = {
+        name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False)} - trained
+    return {name: t for name, t in module.state_dict().items() if name not in frozen}
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weight decay on matrices only: norms and biases are left alone."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups: Iterable[tuple[list[nn.Parameter], float]] = (
+        ([p for p in trainable if p.dim() > 1], weight_decay),
+        ([p for p in trainable if p.dim() <= 1], 0.0),
+    )
+    return [
+        {"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters
+    ]
+
+
+def _fusable(parameters: Sequence[nn.Parameter]) -> bool:
+    return all(p.is_floating_point() and p.device.type in {"cpu", "cuda"} for p in parameters)

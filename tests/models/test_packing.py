@@ -1,0 +1,44 @@
+"""Rows say where each state's hidden vector is; micro-batches hold every row once, within the budget."""
+
+import torch
+
+from llmac.models.packing import micro_batches, pack, row_tokens
+
+
+def test_a_state_sits_at_its_last_token(ragged):
+    rows = pack(ragged, pad_id=0)
+    flat = rows.input_ids.flatten()
+    for row, trajectory in enumerate(ragged):
+        tokens = trajectory.prompt.token_ids + trajectory.response_ids
+        for t in range(rows.states.shape[1]):
+            known = min(t, len(trajectory.response_ids))
+            # s_t = prompt + response[:t]; beyond the end, the last state again
+            assert flat[rows.states[row, t]] == tokens[len(trajectory.prompt.token_ids) + known - 1]
+
+
+def test_injected_and_padded_tokens_are_not_actions(ragged):
+    mask = pack(ragged, pad_id=0).action_mask
+    assert mask.tolist() == [
+        [True, True, True, True],
+        [True, False, False, False],
+        [True, False, True, False],
+        [False, False, False, False],
+    ]
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget(make_trajectory):
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        make_trajectory(range(int(p)), range(int(r)))
+        for p, r in torch.randint(1, 20, (50, 2), generator=generator)
+    ]
+    batches = micro_batches(rows, max_tokens=64)
+    assert sorted(torch.cat(batches).tolist()) == list(range(50))
+    for batch in batches:
+        longest = max(row_tokens(rows[int(i)]) for i in batch)
+        assert longest * len(batch) <= 64 or len(batch) == 1
+
+
+def test_a_row_longer_than_the_budget_stands_alone(make_trajectory):
+    rows = [make_trajectory(range(2), range(2)), make_trajectory(range(30), range(30))]
+    assert [batch.tolist() for batch in micro_batches(rows, max_tokens=10)] == [[0], [1]]
