@@ -1,0 +1,24 @@
+"""Cards: one paper, one frozen dataclass, one file. Pure: imports `core` and nothing else.
+
+A card is five answers: `plan` (how responses are made), `segments` (where V is asked),
+`default_critic` (who says V), `credit` (who deserves what) and `policy_loss` (how the policy
+moves). Its fields are its hyper-parameters; the recipe's `algorithm:` keys are exactly these
+fields. Read `base.py` first, then `grpo.py` (no critic) and `ppo.py` (critic).
+
+To add one: copy the nearest card, change the cell that differs, add a line to `ALGORITHMS` and a
+row to `docs/algorithms.md`; tests are parametrised over the registry. Out of tree: `algorithm:
+{name: ./foo.py:Foo}`.
+"""
+
+ALGORITHMS: dict[str, str] = {
+    "ppo": "llmac.algorithms.ppo:PPO",
+    "grpo": "llmac.algorithms.grpo:GRPO",
+    "dr_grpo": "llmac.algorithms.dr_grpo:DrGRPO",
+    "dapo": "llmac.algorithms.dapo:DAPO",
+    "rloo": "llmac.algorithms.rloo:RLOO",
+    "reinforce_pp": "llmac.algorithms.reinforce_pp:ReinforcePP",
+    "reinforce_pp_baseline": "llmac.algorithms.reinforce_pp:ReinforcePPBaseline",
+    "gspo": "llmac.algorithms.gspo:GSPO",
+    "cispo": "llmac.algorithms.cispo:CISPO",
+}
+"""Name in a recipe -> "module:Class", imported at use."""

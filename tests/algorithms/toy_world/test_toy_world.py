@@ -1,0 +1,81 @@
+"""Every registered card learns a world whose success rate is known exactly, and unlearns it with
+the sign flipped."""
+
+import pytest
+import torch
+
+from llmac.algorithms import ALGORITHMS
+from llmac.core.protocols import Request, SamplingParams
+
+from ..making import card
+from .world import END, PROMPTS, STATES_PER_PROMPT, TableEngine, TablePolicy, reward, states, train
+
+START = 1 / 4 * 3 / 4 * 1 / 4 * (1 / 4 + 3 / 4 * 1 / 4)
+
+
+def test_a_policy_that_knows_nothing_seldom_succeeds():
+    assert TablePolicy().success() == pytest.approx(START)
+
+
+def test_the_exact_success_rate_is_what_sampling_finds():
+    params = SamplingParams(n=4000, max_new_tokens=5, seed=3)
+    answers = TableEngine().generate(
+        [Request(prompt_ids=(p,), params=params) for p in range(PROMPTS)]
+    )
+    found = [reward(p, a.token_ids) for p, some in enumerate(answers) for a in some]
+    assert sum(found) / len(found) == pytest.approx(START, abs=0.005)
+    assert all(a.token_ids[-1] == END or len(a.token_ids) == 5 for some in answers for a in some)
+
+
+def test_every_state_has_its_own_row():
+    every = torch.cartesian_prod(torch.arange(PROMPTS), *[torch.arange(4)] * 5)
+    index = states(every[:, 0], every[:, 1:])
+    assert len(index.unique()) == index.max() + 1 == PROMPTS * STATES_PER_PROMPT
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_card_learns_the_toy_world(name):
+    history = train(card(name), steps=40, until=0.9)
+    assert history[0] == pytest.approx(START)
+    assert history[-1] >= 0.9
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_card_learns_the_toy_world_with_the_sign_of_its_advantages_flipped(name):
+    fields = (
+        {"max_sampling_rounds": 2} if name == "dapo" else {}
+    )  # no informative group is left to wait for
+    history = train(card(name, **fields), steps=12, sign=-1.0)
+    assert max(history) < 1.2 * START
+    assert history[-1] < START / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("ppo", {"lam": 0.9, "critic_lam": 1.0, "on_truncation": "bootstrap"}),
+        ("ppo", {"kl_coef": 0.01, "group_size": 4}),
+        (
+            "grpo",
+            {
+                "kl_coef": 0.01,
+                "entropy_coef": 0.001,
+                "mismatch": "token_truncate",
+                "dual_clip": 3.0,
+            },
+        ),
+        (
+            "grpo",
+            {
+                "scale": "batch",
+                "mask_truncated": True,
+                "dynamic_sampling": True,
+                "max_sampling_rounds": 3,
+            },
+        ),
+        ("rloo", {"kl_coef": 0.01}),
+        ("reinforce_pp_baseline", {"kl_coef": 0.01}),
+    ],
+)
+def test_cards_learn_with_their_options_on(name, fields):
+    assert train(card(name, **fields), steps=40, until=0.9)[-1] >= 0.9

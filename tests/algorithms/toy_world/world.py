@@ -1,0 +1,224 @@
+"""A world small enough to know everything about: three prompts, four symbols, at most five tokens.
+
+Prompt p is answered by  p, any, p+1 mod 3, at most one more, end:  three decisions must be right,
+and an answer that does not end within five tokens is wrong. A policy that knows nothing succeeds
+2.05% of the time: 1/4 · 3/4 · 1/4 · (1/4 + 3/4 · 1/4).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from llmac.algorithms.base import Algorithm
+from llmac.core.collate import collate
+from llmac.core.measures import Metrics
+from llmac.core.protocols import Completion, Critic, Request, SamplingParams
+from llmac.core.types import Batch, CriticTargets, Finish, Prompt, Rollouts, Trajectory, Values
+
+PROMPTS, SYMBOLS, END, LIMIT = 3, 4, 3, 5
+STATES_PER_PROMPT = sum(SYMBOLS**depth for depth in range(LIMIT + 1))
+
+
+def states(prompts: Tensor, responses: Tensor) -> Tensor:
+    """Index of s_0 ... s_T for each row: [B, T+1]."""
+    index = [prompts * STATES_PER_PROMPT]
+    code, first = torch.zeros_like(prompts), 0
+    for t in range(responses.shape[1]):
+        code = code * SYMBOLS + responses[:, t]
+        first += SYMBOLS**t
+        index.append(prompts * STATES_PER_PROMPT + first + code)
+    return torch.stack(index, dim=1)
+
+
+def reward(prompt: int, response: Sequence[int]) -> float:
+    right = len(response) in (4, 5) and response[0] == prompt and response[1] != END
+    return float(right and response[2] == (prompt + 1) % 3 and response[-1] == END)
+
+
+def score(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    return [
+        dataclasses.replace(t, reward=reward(t.prompt.token_ids[0], t.response_ids))
+        for t in trajectories
+    ]
+
+
+class Prompts:
+    """The three prompts, round and round."""
+
+    def __init__(self) -> None:
+        self.cursor = 0
+
+    def take(self, count: int) -> list[Prompt]:
+        ids = [(self.cursor + i) % PROMPTS for i in range(count)]
+        self.cursor += count
+        return [Prompt(id=f"p{p}", token_ids=(p,), source=str(p)) for p in ids]
+
+
+class TablePolicy(torch.nn.Module):
+    """One row of logits for every state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(PROMPTS * STATES_PER_PROMPT, SYMBOLS))
+
+    def forward(self, rows: Batch | Rollouts) -> tuple[Tensor, Tensor]:
+        """log π(a_t|s_t) and the entropy at s_t, [B, T]."""
+        at = states(prompts_of(rows), rows.response_ids)[:, :-1]
+        logprobs = self.logits[at].log_softmax(-1)
+        return logprobs.gather(-1, rows.response_ids[..., None]).squeeze(-1), -(
+            logprobs.exp() * logprobs
+        ).sum(-1)
+
+    @torch.no_grad()
+    def success(self) -> float:
+        """Exact: the probability of all right answers, averaged over prompts."""
+        answers = [
+            (p, (p, a, (p + 1) % 3, *more, END))
+            for p in range(PROMPTS)
+            for a in range(END)
+            for more in itertools.chain([()], itertools.product(range(END)))
+        ]
+        total = 0.0
+        for prompt, answer in answers:
+            response = torch.tensor([answer])
+            at = states(torch.tensor([prompt]), response)[:, :-1]
+            total += (
+                self.logits[at].log_softmax(-1).gather(-1, response[..., None]).sum().exp().item()
+            )
+        return total / PROMPTS
+
+
+class TableEngine:
+    """Samples from its own copy of the table, as an engine does from its own copy of the
+    weights."""
+
+    def __init__(self) -> None:
+        self.logits = torch.zeros(PROMPTS * STATES_PER_PROMPT, SYMBOLS)
+        self.policy_version = 0
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        random = torch.Generator().manual_seed(requests[0].params.seed or 0)
+        prompts = torch.tensor([r.prompt_ids[0] for r in requests for _ in range(r.params.n)])
+        responses, logprobs = torch.zeros(len(prompts), 0, dtype=torch.int64), []
+        for _ in range(requests[0].params.max_new_tokens):
+            distribution = self.logits[states(prompts, responses)[:, -1]].log_softmax(-1)
+            token = distribution.exp().multinomial(1, generator=random)
+            logprobs.append(distribution.gather(-1, token))
+            responses = torch.cat([responses, token], dim=1)
+        ended = (responses == END).any(-1).tolist()
+        length = ((responses == END).cumsum(-1) - (responses == END).int() == 0).sum(-1).tolist()
+        rows = [
+            Completion(
+                token_ids=tuple(tokens[:n]),
+                logprobs=tuple(said[:n]),
+                finish=Finish.STOP if stopped else Finish.LENGTH,
+                policy_version=self.policy_version,
+            )
+            for tokens, said, n, stopped in zip(
+                responses.tolist(), torch.cat(logprobs, dim=1).tolist(), length, ended, strict=True
+            )
+        ]
+        taken = iter(rows)
+        return [list(itertools.islice(taken, r.params.n)) for r in requests]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.logits = dict(weights)["logits"].detach().clone()
+        self.policy_version = version
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TableCritic:
+    """V(s) as a table, moved halfway to the mean target of each state."""
+
+    def __init__(self) -> None:
+        self.table = torch.zeros(PROMPTS * STATES_PER_PROMPT)
+
+    def values(self, rollouts: Rollouts, starts: Tensor) -> Values:
+        said = self.table[states(prompts_of(rollouts), rollouts.response_ids)]
+        last = said.gather(1, rollouts.action_mask.sum(-1, keepdim=True)).squeeze(-1)
+        return Values(
+            at=said[:, :-1], starts=starts, bootstrap=torch.where(rollouts.truncated, last, 0.0)
+        )
+
+    def update(self, rollouts: Rollouts, targets: CriticTargets) -> Metrics:
+        at = states(prompts_of(rollouts), rollouts.response_ids)[:, :-1][targets.value_mask]
+        total = torch.zeros_like(self.table).index_add(0, at, targets.returns[targets.value_mask])
+        count = torch.zeros_like(self.table).index_add(0, at, torch.ones(len(at)))
+        seen = count > 0
+        self.table[seen] += 0.5 * (total[seen] / count[seen] - self.table[seen])
+        return {}
+
+
+def prompts_of(rows: Batch | Rollouts) -> Tensor:
+    return torch.tensor([t.prompt.token_ids[0] for t in rows.trajectories])
+
+
+def train(
+    card: Algorithm,
+    *,
+    steps: int,
+    rows: int = 192,
+    lr: float = 0.3,
+    minibatches: int = 2,
+    until: float = 2.0,
+    sign: float = 1.0,
+    seed: int = 0,
+) -> list[float]:
+    """The training loop in small: success rate before each step and after the last."""
+    torch.manual_seed(seed)
+    policy, reference, engine, prompts = TablePolicy(), TablePolicy(), TableEngine(), Prompts()
+    critic: Critic | None = TableCritic() if card.default_critic else None
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+    plan = card.plan(
+        prompts_per_step=rows // card.group_size, sampling=SamplingParams(max_new_tokens=LIMIT)
+    )
+    history = [policy.success()]
+
+    for step in range(steps):
+        trajectories, _ = plan.rollout(engine, prompts, score, seed=seed * 10_000 + step)
+        rollouts = annotate(
+            collate(trajectories, length_limit=plan.length_limit), policy, reference, card
+        )
+        values = critic.values(rollouts, card.segments(rollouts)) if critic else None
+        credit = card.credit(rollouts, values)
+        if critic and credit.critic_targets:
+            critic.update(rollouts, credit.critic_targets)
+        credit = dataclasses.replace(credit, advantages=sign * credit.advantages)
+
+        for index in torch.randperm(len(trajectories)).chunk(minibatches):
+            minibatch = rollouts.rows(index)
+            weight = card.loss_weight(minibatch, credit.rows(index, minibatch.action_mask.shape[1]))
+            optimizer.zero_grad()
+            for part in index.chunk(2):
+                micro = rollouts.rows(part)
+                logprobs, entropy = policy(micro)
+                loss = card.policy_loss(
+                    logprobs, micro, credit.rows(part, micro.action_mask.shape[1]), entropy=entropy
+                )
+                (loss.total / weight).backward()
+            optimizer.step()
+        engine.load_weights([("logits", policy.logits)], step + 1)
+        history.append(policy.success())
+        if history[-1] >= until:
+            break
+    return history
+
+
+@torch.no_grad()
+def annotate(
+    batch: Batch, policy: TablePolicy, reference: TablePolicy, card: Algorithm
+) -> Rollouts:
+    mask = batch.action_mask
+    return Rollouts(
+        **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
+        old_logprobs=torch.where(mask, policy(batch)[0], 0.0),
+        ref_logprobs=torch.where(mask, reference(batch)[0], 0.0) if card.uses_reference else None,
+    )
