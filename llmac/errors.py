@@ -8,7 +8,12 @@
     ├── CheckpointError (RuntimeError) a checkpoint is missing, incomplete or of another configuration
     ├── ConsistencyError (RuntimeError) an invariant of training does not hold; going on would be silently wrong
     └── StalledError (TimeoutError)   nothing moved for longer than allowed; names rank and phase
+
+`did_you_mean` ends a message about an unknown name.
 """
+
+import difflib
+from collections.abc import Sequence
 
 
 class LlmacError(Exception):
@@ -41,3 +46,18 @@ class ConsistencyError(LlmacError, RuntimeError):
 
 class StalledError(LlmacError, TimeoutError):
     """Nothing moved for longer than allowed."""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, then all of them.
+
+    >>> did_you_mean("anwser", ["answer", "question"])
+    " Did you mean 'answer'? There are: answer, question."
+    >>> did_you_mean("x", [])
+    ''
+    """
+    if not known:
+        return ""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" There are: {listed}."
