@@ -32,13 +32,11 @@ def group_mean(
     >>> group_mean(torch.tensor([1., 0., 5.]), torch.tensor([7, 7, 3]))
     (tensor([0.5000, 0.5000, 5.0000]), tensor([2, 2, 1]))
     """
-    _, member, size = group.unique(return_inverse=True, return_counts=True)
-    smallest = rewards.new_zeros(len(size)).scatter_reduce(
-        0, member, rewards, "amin", include_self=False
-    )
-    excess = rewards.new_zeros(len(size)).scatter_add(0, member, rewards - smallest[member])
-    mean = smallest + excess / size
-    return mean[member], size[member]
+    slot = torch.searchsorted(group.sort().values, group)  # one number a group, below B
+    size = torch.zeros_like(group).scatter_add(0, slot, torch.ones_like(group))[slot]
+    smallest = rewards.scatter_reduce(0, slot, rewards, "amin", include_self=False)[slot]
+    excess = torch.zeros_like(rewards).scatter_add(0, slot, rewards - smallest)[slot]
+    return smallest + excess / size, size
 
 
 def group_std(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float[Tensor, "B"]:

@@ -7,6 +7,7 @@ finite.
 
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -67,4 +68,4 @@ def importance_weights(
         weights = ratio.where((ratio <= high) & (ratio >= (low or 0.0)), 0.0)
     else:
         raise ValueError(f"kind is one of truncate, mask; found {kind!r}")
-    return weights.where(mask, 0.0)
+    return torch.where(mask, weights, 0.0)

@@ -77,8 +77,7 @@ def clipped_surrogate(
         dual clip, for Â_t < 0:  l_t = min(l_t, -dual_clip · Â_t)
 
     PPO: Schulman et al. 2017, arXiv:1707.06347, eq. 7. Unequal clips: DAPO, Yu et al. 2025,
-        arXiv:2503.14476.
-    Dual clip: Ye et al. 2020, arXiv:1912.09729.
+    arXiv:2503.14476. Dual clip: Ye et al. 2020, arXiv:1912.09729.
 
     Args:
         log_ratio: from `log_ratio` or `sequence_log_ratio`.

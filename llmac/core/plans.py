@@ -80,9 +80,10 @@ class Flat:
 
         Returns:
             trajectories: siblings adjacent, groups numbered in the order they were sampled.
-            metrics: with `informative_only`, `rollout/rounds`; `rollout/groups_dropped`: all-equal
-                groups not returned; `rollout/groups_surplus`: informative groups beyond the share,
-                not returned;
+            metrics: none, or with `informative_only`:
+                `rollout/rounds`: draws until every rank was full;
+                `rollout/groups_dropped`: all-equal groups not returned;
+                `rollout/groups_surplus`: other groups beyond the share, not returned;
                 `rollout/groups_filled`: all-equal groups returned for want of better ones.
         """
         if not self.informative_only:

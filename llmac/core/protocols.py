@@ -8,7 +8,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from llmac.core.measures import Metrics
-from llmac.core.types import AllSum, CriticTargets, Finish, Prompt, Rollouts, Trajectory, Values, identity
+from llmac.core.types import (
+    AllSum,
+    CriticTargets,
+    Finish,
+    Prompt,
+    Rollouts,
+    Trajectory,
+    Values,
+    identity,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

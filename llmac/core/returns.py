@@ -65,7 +65,7 @@ def segment_gae(
         bootstrap,
         torch.zeros_like(bootstrap),
     )
-    advantages = []
+    advantages: list[Tensor] = []
     for t in reversed(range(width)):
         segment_reward = segment_reward + reward[t]
         td_error = segment_reward + discount[t] * next_value - value[t]
@@ -101,7 +101,7 @@ def reward_to_go(rewards: Float[Tensor, "B T"], *, gamma: float = 1.0) -> Float[
     tensor([[0.7500, 1.5000, 1.0000]])
     """
     following = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else rewards.new_zeros(0)
-    returns = []
+    returns: list[Tensor] = []
     for reward in reversed(rewards.unbind(1)):
         following = reward + gamma * following
         returns.append(following)

@@ -4,6 +4,7 @@ Every segmenter marks the first action token, so that each action token belongs 
 marks action tokens only.
 """
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -50,6 +51,8 @@ def low_probability(
 
     The value is read before such a token, so the segment's advantage is what this decision was
     worth together with the near-certain tokens after it. SPO: Guo et al. 2025, arXiv:2505.23564.
+    Where a segment ends then depends on the token after it, so the advantages are slightly biased
+    even with exact values, unlike those of the other segmenters.
 
     Args:
         logprobs: of the tokens taken, by the policy that sampled them; anything where `action_mask`
@@ -61,4 +64,4 @@ def low_probability(
     >>> low_probability(logprobs, action_mask, threshold=0.9)
     tensor([[ True,  True, False]])
     """
-    return action_mask & ((logprobs.exp() < threshold) | response_start(action_mask))
+    return action_mask & ((torch.exp(logprobs) < threshold) | response_start(action_mask))

@@ -116,7 +116,9 @@ class Rollouts:
         """The given rows, cut to the longest response among them."""
         width = max((len(self.trajectories[int(i)].response_ids) for i in index), default=0)
         cut = _select(self, index, width)
-        return dataclasses.replace(cut, trajectories=tuple(self.trajectories[int(i)] for i in index))
+        return dataclasses.replace(
+            cut, trajectories=tuple(self.trajectories[int(i)] for i in index)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

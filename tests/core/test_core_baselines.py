@@ -64,7 +64,9 @@ def test_a_lone_response_is_not_better_than_itself():
         assert group_relative(rewards, group, scale=scale)[2].item() == 0.0
 
 
-@pytest.mark.parametrize(("solved", "with_std", "without"), [(1, 4.95, 1.75), (4, 7.48, 4.0), (7, 4.95, 1.75)])
+@pytest.mark.parametrize(
+    ("solved", "with_std", "without"), [(1, 4.95, 1.75), (4, 7.48, 4.0), (7, 4.95, 1.75)]
+)
 def test_dividing_by_the_std_favours_the_extremes(solved, with_std, without):
     # 1.75 / 4.0 is .44, but 4.95 / 7.48 is .66: prompts nearly always solved weigh relatively more.
     rewards = torch.tensor([1.0] * solved + [0.0] * (8 - solved))

@@ -52,7 +52,9 @@ def test_the_sampler_gap_of_five_tokens():
 def test_the_sampler_gap_adds_up_over_micro_batches():
     old, sampler = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
     whole = sampler_gap(old, sampler, MASK)
-    parts = combine(*(sampler_gap(old[i : i + 1], sampler[i : i + 1], MASK[i : i + 1]) for i in (0, 1)))
+    parts = combine(
+        *(sampler_gap(old[i : i + 1], sampler[i : i + 1], MASK[i : i + 1]) for i in (0, 1))
+    )
     for name, measure in whole.items():
         assert parts[name].value == pytest.approx(measure.value)
 
@@ -65,7 +67,8 @@ def test_the_sampler_gap_of_nothing_is_zero():
 def test_the_sampler_kl_averages_to_the_divergence():
     sampler, policy = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])
     estimate = sum(
-        chance * sampler_gap(p.log()[None, None], s.log()[None, None], torch.tensor([[True]]))[
+        chance
+        * sampler_gap(p.log()[None, None], s.log()[None, None], torch.tensor([[True]]))[
             "actor/sampler_kl"
         ].value
         for chance, p, s in zip(sampler[0].tolist(), policy[0], sampler[0], strict=True)

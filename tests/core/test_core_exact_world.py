@@ -52,7 +52,9 @@ def test_gae_with_exact_values_averages_to_the_exact_advantage(exact_world, lam,
         every.rewards, every.values, every.mask, every.bootstrap, gamma=gamma, lam=lam
     )
     torch.testing.assert_close(
-        world.expected_by_decision(every, estimate), every.advantages.where(every.mask, 0.0), **close
+        world.expected_by_decision(every, estimate),
+        every.advantages.where(every.mask, 0.0),
+        **close,
     )
 
 
@@ -71,9 +73,7 @@ def test_lambda_zero_with_a_wrong_critic_is_biased_and_lambda_one_is_not(stoppin
     assert (gradient(0.0) - truth).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(
-    "segmenter", [every_token, response_start, lambda mask: every_n(mask, 2)]
-)
+@pytest.mark.parametrize("segmenter", [every_token, response_start, lambda mask: every_n(mask, 2)])
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_segments_with_exact_values_give_the_exact_policy_gradient(world, segmenter, lam):
     every = world.responses()

@@ -61,9 +61,7 @@ def test_a_token_the_sampler_called_impossible_stays_finite():
 
 def test_bounds_in_the_wrong_order_are_named():
     with pytest.raises(ValueError, match=r"low = 3\.0, high = 2\.0"):
-        importance_weights(
-            OLD, SAMPLER, MASK, level="token", kind="truncate", low=3.0, high=2.0
-        )
+        importance_weights(OLD, SAMPLER, MASK, level="token", kind="truncate", low=3.0, high=2.0)
 
 
 def test_untruncated_token_weights_undo_the_sampler():

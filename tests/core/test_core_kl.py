@@ -24,7 +24,10 @@ def test_estimators_at_one_token(logprob, reference, kind, expected):
 
 
 def test_k1_and_k3_average_to_the_divergence_and_k2_does_not():
-    policy, reference = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.5, 0.3, 0.2]).double()
+    policy, reference = (
+        torch.tensor([0.7, 0.2, 0.1]).double(),
+        torch.tensor([0.5, 0.3, 0.2]).double(),
+    )
 
     def average(kind):
         return (policy * kl_estimate(policy.log()[None], reference.log()[None], kind)[0]).sum()

@@ -150,9 +150,7 @@ def test_the_sequence_ratio_of_a_response_without_tokens_is_one():
 )
 def test_cispo_with_the_caps_of_its_peers(cap_low, cap_high, expected):
     logprobs = LOGPROBS.clone().requires_grad_()
-    loss = cispo(
-        logprobs, log_ratio(logprobs, OLD), ADVANTAGES, cap_low=cap_low, cap_high=cap_high
-    )
+    loss = cispo(logprobs, log_ratio(logprobs, OLD), ADVANTAGES, cap_low=cap_low, cap_high=cap_high)
     mean, _ = mean_and_gradient(loss, logprobs)
     assert mean == pytest.approx(expected, abs=1e-6)
 

@@ -188,9 +188,7 @@ def test_padding_changes_no_aggregate(how):
 def test_a_response_without_tokens_weighs_nothing(how):
     loss = torch.tensor([[2.0, 1.0], [3.0, 5.0]])
     mask = torch.tensor([[True, True], [False, False]])
-    assert aggregate(loss, mask, how, horizon=2) == aggregate(
-        loss[:1], mask[:1], how, horizon=2
-    )
+    assert aggregate(loss, mask, how, horizon=2) == aggregate(loss[:1], mask[:1], how, horizon=2)
     empty = aggregate(loss[1:], mask[1:], how, horizon=2)
     assert [part.item() for part in empty] == [0.0, 0.0]
 

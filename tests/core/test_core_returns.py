@@ -173,9 +173,7 @@ def test_rates_may_be_given_for_each_token():
 
     # One λ a row, as with length-adaptive λ: each row as if computed alone.
     lam = torch.tensor([0.0, 0.5, 0.8, 1.0])
-    rows = segment_gae(
-        rewards, values, starts, bootstrap, gamma=0.9, lam=lam[:, None].expand(4, 5)
-    )
+    rows = segment_gae(rewards, values, starts, bootstrap, gamma=0.9, lam=lam[:, None].expand(4, 5))
     for row in range(4):
         alone = segment_gae(
             rewards[row : row + 1], values[row : row + 1], starts[row : row + 1], ENDED,
