@@ -1,0 +1,132 @@
+"""The console script `llmac`: look at a recipe, check it, list the algorithms, bring a configuration over.
+
+Training is started by `accelerate launch recipes/train.py`; nothing here loads a model.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmac.errors import LlmacError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 1 when something is wrong, with one message and no traceback."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.command(parsed)
+    except LlmacError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has seen enough: `llmac show x.yaml | head`
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmac",
+        description="Train language models by reinforcement learning with value models.",
+        epilog="To train: accelerate launch recipes/train.py <recipe.yaml> [key.sub=value ...]",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    show = commands.add_parser("show", help="print a recipe, every key with its origin and meaning")
+    check = commands.add_parser(
+        "check", help="find what is wrong with a recipe, without loading a model"
+    )
+    for command in (show, check):
+        command.add_argument("recipe", help="a recipe's YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    show.set_defaults(command=_show)
+    check.set_defaults(command=_check)
+    algorithms = commands.add_parser("algorithms", help="list algorithms and critics")
+    algorithms.set_defaults(command=_algorithms)
+    bring = commands.add_parser(
+        "import-config", help="turn a TRL GRPO or PPO configuration into a recipe"
+    )
+    bring.add_argument("file", type=Path, help="YAML with the fields of GRPOConfig or PPOConfig")
+    bring.add_argument(
+        "--kind", choices=("grpo", "ppo"), help="default: told by the keys in the file"
+    )
+    bring.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="processes it was launched with; batch sizes are per process",
+    )
+    bring.add_argument("--output", type=Path, help="write the recipe here instead of printing it")
+    bring.set_defaults(command=_import_config)
+    return parser
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from llmac.config import load_recipe, show
+
+    _print_yaml(show(load_recipe(arguments.recipe, arguments.overrides), arguments.overrides))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from llmac.check import check
+    from llmac.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    critic = recipe.critic.name if recipe.critic else "no critic"
+    print(f"{'ok':<12} recipe: {recipe.algorithm.name}, {critic}, {recipe.run.steps} steps")
+    wrong = 0
+    for finding in check(recipe):
+        detail = finding.detail.replace("\n", f"\n{'':<13}")
+        print(f"{finding.verdict:<12} {finding.subject}: {detail}")
+        wrong += finding.verdict == "wrong"
+    if wrong:
+        print(f"error: {wrong} of the above must be put right before training", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _algorithms(arguments: argparse.Namespace) -> int:
+    from llmac.config.cards import card_class, registry
+    from llmac.config.words import first_line
+
+    for room in ("algorithm", "critic"):
+        print(f"{room}:")
+        for name in registry(room):
+            print(f"  {name:<22} {first_line(card_class(room, name))}")
+    return 0
+
+
+def _import_config(arguments: argparse.Namespace) -> int:
+    from llmac.config.loading import read_yaml
+    from llmac.migrate import from_trl
+
+    imported = from_trl(
+        read_yaml(arguments.file), kind=arguments.kind, processes=arguments.processes
+    )
+    print(imported.report(), file=sys.stderr)
+    if arguments.output is None:
+        print(imported.yaml(), end="")
+    elif arguments.output.exists():
+        print(f"error: {arguments.output} exists; choose another name", file=sys.stderr)
+        return 1
+    else:
+        arguments.output.write_text(imported.yaml(), encoding="utf-8")
+    return 0
+
+
+def _print_yaml(text: str) -> None:
+    """Colour for a terminal, plain text for a pipe: the same characters either way."""
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    styled = Text(text)
+    styled.highlight_regex(r"(?m)^\s*-?\s*[\w.]+(?=:)", "bold cyan")
+    styled.highlight_regex(r"(?m)(?<=\s)#.*$|^#.*$", "dim")
+    styled.highlight_regex(r"(?m)# override\.", "bold yellow")
+    Console().print(styled, end="", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
