@@ -51,7 +51,7 @@ def make_rollouts(
                 ),
                 finish=Finish.LENGTH if row in truncated else Finish.STOP,
                 group=group[row],
-                reward=reward,
+                reward=float(reward),
             )
         )
     batch = collate(trajectories, length_limit=length_limit)
@@ -122,10 +122,42 @@ def entropy_of(logprobs: Tensor) -> Tensor:
 def with_rewards(rollouts: Rollouts, outcomes: Sequence[float]) -> Rollouts:
     """The same rows with other outcome rewards."""
     changed = [
-        dataclasses.replace(t, reward=r)
+        dataclasses.replace(t, reward=float(r))
         for t, r in zip(rollouts.trajectories, outcomes, strict=True)
     ]
     batch = collate(changed, length_limit=rollouts.length_limit)
     return dataclasses.replace(
         rollouts, rewards=batch.rewards.to(rollouts.rewards.dtype), trajectories=tuple(changed)
     )
+
+
+def known(
+    *,
+    old: Sequence[Sequence[float]],
+    rewards: Sequence[float],
+    ref: Sequence[Sequence[float]] | None = None,
+    sampler: Sequence[Sequence[float]] | None = None,
+    injected: Sequence[tuple[int, int]] = (),
+    truncated: Sequence[int] = (),
+    length_limit: int = 8,
+) -> Rollouts:
+    """Rows of one group with the given log-probabilities; lists may be ragged."""
+    rollouts = make_rollouts(
+        rewards=rewards,
+        lengths=[len(row) for row in old],
+        group=[0] * len(old),
+        injected=injected,
+        truncated=truncated,
+        length_limit=length_limit,
+    )
+    return dataclasses.replace(
+        rollouts,
+        old_logprobs=padded(old),
+        ref_logprobs=padded(ref if ref is not None else old),
+        sampler_logprobs=padded(sampler if sampler is not None else old),
+    )
+
+
+def padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float64)

@@ -1,0 +1,242 @@
+"""Every field of every card changes something, is documented, and refuses what makes no sense."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmac.algorithms import ALGORITHMS
+from llmac.algorithms.base import Algorithm
+from llmac.core.protocols import SamplingParams
+
+from .making import card, card_class, entropy_of, moved, ragged, values_for
+
+K3 = {"kl_coef": 0.1, "kl_estimator": "k3", "kl_placement": "loss"}
+CORRECTED = {"mismatch": "token_truncate"}
+FLIPS = {
+    # field: (what must be on for it to matter, its new value)
+    "group_size": ({}, 6),
+    "mask_truncated": ({}, True),
+    "aggregation": ({}, "sequence_mean_token_sum"),
+    "entropy_coef": ({}, 0.1),
+    "kl_coef": ({}, 0.1),
+    "kl_estimator": (K3, "k2"),
+    "kl_placement": (K3, "reward"),
+    "mismatch": ({}, "token_mask"),
+    "mismatch_low": (CORRECTED, 0.95),
+    "mismatch_high": (CORRECTED, 1.05),
+    "clip_low": ({}, 0.05),
+    "clip_high": ({}, 0.5),
+    "dual_clip": ({}, 1.1),
+    "dynamic_sampling": ({"dynamic_sampling": False}, True),
+    "max_sampling_rounds": ({"dynamic_sampling": True}, 3),
+    "scale": ({}, "none"),
+    "scale_eps": ({}, 0.5),
+    "gamma": ({}, 0.9),
+    "lam": ({}, 0.5),
+    "critic_lam": ({}, 0.5),
+    "whiten_advantages": ({}, False),
+    "on_truncation": ({}, "bootstrap"),
+    "overlong_buffer_tokens": ({}, 5),
+    "overlong_penalty": ({}, 0.5),
+    "cap_low": ({}, 0.95),
+    "cap_high": ({}, 1.05),
+}
+CARD_FIELDS = [(n, f.name) for n in ALGORITHMS for f in dataclasses.fields(card_class(n))]
+
+
+def everything_about(algorithm: Algorithm) -> list:
+    """Plan, segments, credit, loss, gradient and what is asked of the loop, as plain numbers."""
+    rollouts = ragged()
+    credit = algorithm.credit(rollouts, values_for(algorithm, rollouts))
+    logprobs = moved(rollouts, spread=1.0)
+    loss = algorithm.policy_loss(logprobs, rollouts, credit, entropy=entropy_of(logprobs))
+    (gradient,) = torch.autograd.grad(loss.total, logprobs)
+    targets = credit.critic_targets
+    tensors = [
+        algorithm.segments(rollouts),
+        credit.advantages,
+        credit.policy_mask,
+        torch.ones(1) if credit.importance is None else credit.importance,
+        loss.total,
+        loss.weight,
+        gradient,
+        *([targets.returns, targets.value_mask] if targets else []),
+    ]
+    plan = algorithm.plan(prompts_per_step=4, sampling=SamplingParams(max_new_tokens=8))
+    return [plan, algorithm.uses_reference, algorithm.needs_entropy, *(x.tolist() for x in tensors)]
+
+
+@pytest.mark.parametrize(("name", "field"), CARD_FIELDS)
+def test_every_field_changes_something(name, field):
+    assert field in FLIPS, f"add a value for {field} to FLIPS"
+    context, value = FLIPS[field]
+    context = {
+        key: x
+        for key, x in context.items()
+        if key in dict.fromkeys(f for n, f in CARD_FIELDS if n == name)
+    }
+    before, after = card(name, **context), card(name, **{**context, field: value})
+    assert getattr(before, field) != value
+    assert everything_about(before) != everything_about(after)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_same_fields_give_the_same_numbers(name):
+    assert everything_about(card(name)) == everything_about(card(name))
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3+"])
+def test_each_kl_estimator_is_another_loss(estimator):
+    others = {"k2", "k3", "k3+"} - {estimator}
+    this = everything_about(card("grpo", kl_coef=0.1, kl_estimator=estimator))
+    assert all(this != everything_about(card("grpo", kl_coef=0.1, kl_estimator=o)) for o in others)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_each_scale_is_another_advantage(scale):
+    others = {"group", "batch", "none"} - {scale}
+    this = everything_about(card("cispo", scale=scale))
+    assert all(this != everything_about(card("cispo", scale=o)) for o in others)
+
+
+@pytest.mark.parametrize(("name", "field"), CARD_FIELDS)
+def test_every_field_is_documented_where_it_is_declared(name, field):
+    owner = next(c for c in card_class(name).__mro__ if field in inspect.get_annotations(c))
+    body = ast.parse(inspect.getsource(owner)).body[0].body
+    at = next(
+        i for i, s in enumerate(body) if isinstance(s, ast.AnnAssign) and s.target.id == field
+    )
+    following = body[at + 1]
+    assert isinstance(following, ast.Expr), f"{owner.__name__}.{field} has no docstring"
+    assert isinstance(following.value, ast.Constant)
+    assert len(following.value.value) > 10
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_cards_are_frozen_hashable_and_documented(name):
+    algorithm = card(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        algorithm.group_size = 3
+    assert hash(algorithm) == hash(card(name))
+    module = importlib.import_module(type(algorithm).__module__)
+    assert "arXiv:" in module.__doc__
+    assert Path(module.__file__).name != "base.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "says"),
+    [
+        ("grpo", {"group_size": 1}, "group_size of GRPO must be at least 2"),
+        ("ppo", {"group_size": 0}, "group_size of PPO must be at least 1"),
+        ("ppo", {"gamma": 1.5}, "gamma of PPO must be in"),
+        ("ppo", {"lam": -0.1}, "lam of PPO must be in"),
+        ("ppo", {"critic_lam": 2.0}, "critic_lam of PPO must be None, or in"),
+        ("reinforce_pp", {"gamma": math.nan}, "gamma of ReinforcePP must be in"),
+        ("grpo", {"clip_low": -0.1}, "clip_low of GRPO must be at least 0"),
+        ("grpo", {"clip_high": math.nan}, "clip_high of GRPO must be at least 0"),
+        ("grpo", {"dual_clip": 1.0}, "dual_clip of GRPO must be None, or above 1"),
+        ("grpo", {"kl_coef": -0.1}, "kl_coef of GRPO must be finite and at least 0"),
+        ("grpo", {"entropy_coef": math.inf}, "entropy_coef of GRPO must be finite"),
+        ("grpo", {"scale_eps": 0.0}, "scale_eps of GRPO must be finite and above 0"),
+        ("grpo", {"scale": "none", "scale_eps": 1e-4}, "scale_eps of GRPO .* no effect; set scale"),
+        ("grpo", {"kl_estimator": "k2"}, "kl_estimator of GRPO .* no effect; set kl_coef above 0"),
+        ("grpo", {"kl_placement": "reward"}, "kl_placement of GRPO .* no effect"),
+        ("grpo", {"mismatch_high": 3.0}, "mismatch_high of GRPO .* no effect; set mismatch"),
+        ("grpo", {"mismatch_low": 0.5}, "mismatch_low of GRPO .* no effect; set mismatch"),
+        ("grpo", {**CORRECTED, "mismatch_low": 2.0}, "mismatch_low of GRPO must be None, or in"),
+        ("grpo", {**CORRECTED, "mismatch_high": 0.0}, "mismatch_high of GRPO must be finite"),
+        ("grpo", {"max_sampling_rounds": 5}, "max_sampling_rounds of GRPO .* set dynamic_sampling"),
+        ("dapo", {"max_sampling_rounds": 0}, "max_sampling_rounds of DAPO must be at least 1"),
+        ("dapo", {"overlong_buffer_tokens": -1}, "overlong_buffer_tokens of DAPO must be"),
+        ("dapo", {"overlong_penalty": 0.0}, "overlong_penalty of DAPO must be finite and above 0"),
+        (
+            "dapo",
+            {"overlong_buffer_tokens": 0, "overlong_penalty": 2.0},
+            "overlong_penalty .* no effect",
+        ),
+        ("cispo", {"cap_low": 1.2}, "cap_low of CISPO must be in"),
+        ("cispo", {"cap_high": 0.28}, "cap_high of CISPO must be at least 1: it is a ratio"),
+        (
+            "ppo",
+            {"mask_truncated": True, "on_truncation": "bootstrap"},
+            "on_truncation of PPO .* no effect",
+        ),
+        ("ppo", {"kl_coef": 0.1, "kl_placement": "loss"}, "kl_estimator of PPO must be k2, k3"),
+        (
+            "ppo",
+            {"kl_coef": 0.1, "kl_estimator": "k3+"},
+            "kl_estimator of PPO must be k1, k2 or k3",
+        ),
+    ],
+)
+def test_a_card_refuses_what_makes_no_sense(name, fields, says):
+    with pytest.raises(ValueError, match=says):
+        card(name, **fields)
+
+
+def test_a_choice_that_does_not_exist_is_named_with_those_that_do():
+    # Past the type checker of the tests, as from a script.
+    algorithm = object.__new__(card_class("ppo"))
+    for field in dataclasses.fields(algorithm):
+        object.__setattr__(algorithm, field.name, field.default)
+    object.__setattr__(algorithm, "on_truncation", "boot")
+    with pytest.raises(
+        ValueError,
+        match="on_truncation of PPO must be one of terminal, bootstrap, and it is 'boot'",
+    ):
+        algorithm.__post_init__()
+
+
+def test_no_card_has_a_field_of_another():
+    fields = {name: {f.name for f in dataclasses.fields(card_class(name))} for name in ALGORITHMS}
+    assert not {"clip_low", "clip_high", "dual_clip"} & fields["cispo"]
+    assert not {"gamma", "lam", "on_truncation"} & fields["grpo"]
+    assert "scale" not in fields["dr_grpo"] | fields["rloo"] | fields["ppo"]
+    assert "dynamic_sampling" not in fields["ppo"] | fields["reinforce_pp"]
+
+
+def test_dynamic_sampling_asks_the_plan_for_informative_groups_only():
+    sampling = SamplingParams(max_new_tokens=8)
+    plan = card("dapo").plan(prompts_per_step=4, sampling=sampling)
+    assert (plan.informative_only, plan.max_rounds, plan.group_size) == (True, 10, 16)
+    assert plan.length_limit == 8
+    assert not card("grpo").plan(prompts_per_step=4, sampling=sampling).informative_only
+
+
+def test_a_buffer_beyond_the_length_limit_is_refused_when_the_plan_is_made():
+    algorithm = card("dapo", overlong_buffer_tokens=8)
+    with pytest.raises(
+        ValueError, match="below the length limit of sampling, 8 tokens, and it is 8"
+    ):
+        algorithm.plan(prompts_per_step=4, sampling=SamplingParams(max_new_tokens=8))
+
+
+def test_values_are_refused_where_nothing_would_read_them_and_asked_for_where_something_does(
+    rollouts,
+):
+    with pytest.raises(
+        ValueError, match="GRPO compares rewards and has no use for a critic's values"
+    ):
+        card("grpo").credit(rollouts, values_for(card("ppo"), rollouts))
+    with pytest.raises(ValueError, match="PPO needs the values of a critic and got none"):
+        card("ppo").credit(rollouts, None)
+
+
+def test_a_missing_reference_or_entropy_is_named():
+    rollouts = ragged(reference=False)
+    with pytest.raises(
+        ValueError, match=r"kl_coef of RLOO is 0\.1, and the rollouts carry no ref_logprobs"
+    ):
+        card("rloo", kl_coef=0.1).credit(rollouts, None)
+    grpo = card("grpo", kl_coef=0.1)
+    with pytest.raises(ValueError, match="the rollouts carry no ref_logprobs"):
+        grpo.policy_loss(moved(rollouts), rollouts, grpo.credit(rollouts, None))
+    bonus = card("grpo", entropy_coef=0.1)
+    with pytest.raises(ValueError, match=r"entropy_coef is 0\.1, so policy_loss needs the entropy"):
+        bonus.policy_loss(moved(rollouts), rollouts, bonus.credit(rollouts, None))
