@@ -1,9 +1,11 @@
 """Where this process stands among its siblings, and every way in which they talk to each other."""
 
+import atexit
 import contextlib
 import logging
 import os
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +14,7 @@ from typing import Any, TypeVar
 import numpy
 import torch
 import torch.distributed as distributed
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import filter_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
@@ -57,15 +58,9 @@ class Runtime:
     >>> runtime.close()
     """
 
-    def __init__(self, accelerator: Accelerator, *, owns_process_group: bool) -> None:
-        """Wrap an accelerator; `create` is the way to make a Runtime.
-
-        Args:
-            accelerator: as `create` configures it.
-            owns_process_group: whether `close` may destroy the process group.
-        """
+    def __init__(self, accelerator: Accelerator) -> None:
+        """Wrap an accelerator configured as `create` does it, which is the way to make a Runtime."""
         self._accelerator = accelerator
-        self._owns_process_group = owns_process_group
         self._tracking = False
         self._closed = False
         self.rank: int = accelerator.process_index
@@ -106,9 +101,7 @@ class Runtime:
             )
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         on_cpu = launched and not torch.cuda.is_available()
-        # With broadcast_buffers even a forward without gradients is a collective, and ranks with
-        # different numbers of them (ragged rollouts) would wait for each other for ever.
-        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        handlers: list[Any] = []
         if launched:
             timeout = timedelta(seconds=timeout_seconds)
             backend = "gloo" if on_cpu else "nccl"
@@ -116,7 +109,7 @@ class Runtime:
         project = ProjectConfiguration()
         if output is not None:
             project = ProjectConfiguration(str(output), logging_dir=str(Path(output) / "trackers"))
-        owns_process_group = not distributed.is_initialized()
+        ours = launched and not distributed.is_initialized()
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
@@ -125,7 +118,9 @@ class Runtime:
             project_config=project,
             kwargs_handlers=handlers,
         )
-        runtime = cls(accelerator, owns_process_group=owns_process_group)
+        if ours:
+            atexit.register(_leave)
+        runtime = cls(accelerator)
         runtime.seed(seed)
         return runtime
 
@@ -209,7 +204,12 @@ class Runtime:
         part of it: gradients are synchronised only for what entered by the front door, and every
         trainable parameter must take part in it.
         """
-        return self._accelerator.prepare(module, optimizer)
+        prepared, optimizer = self._accelerator.prepare(module, optimizer)
+        if isinstance(prepared, DistributedDataParallel):
+            # Otherwise even a forward without gradients is a collective, and ranks with different
+            # numbers of them (ragged rollouts) would wait for each other for ever.
+            prepared.broadcast_buffers = False
+        return prepared, optimizer
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         """The module as it was before `prepare`."""
@@ -297,23 +297,34 @@ class Runtime:
             self._accelerator.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Finish the trackers and leave the process group. Once is enough, twice is safe."""
+        """Finish the trackers and wait for the other ranks. Once is enough, twice is safe.
+
+        Without the wait a rank that is done would cut the connections the others still read from.
+        The process group itself is left when the process ends; until then `create` works again.
+        """
         if self._closed:
             return
         self._closed = True
         if self._tracking:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
-        if self.world_size > 1 and self._owns_process_group and distributed.is_initialized():
+        # Not while failing: the others may never come.
+        if self.world_size > 1 and sys.exc_info()[0] is None:
             try:
-                distributed.destroy_process_group()
-            except (AssertionError, ValueError) as error:
-                # An in-process vLLM that was closed first has taken groups away with it.
+                distributed.barrier()
+            except (RuntimeError, ValueError) as error:
+                # Another rank died, or an in-process vLLM that closed first took the group along.
                 logger.debug("the process group was already gone: %s", error)
-            # accelerate remembers the group as long as the process lives; the next Runtime must be
-            # able to join anew.
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+
+
+def _leave() -> None:
+    """Destroy the process group when the process ends.
+
+    Not earlier: a launcher's rendezvous lets a process join once, and a program may train twice.
+    """
+    if distributed.is_initialized():
+        with contextlib.suppress(AssertionError, RuntimeError, ValueError):
+            distributed.destroy_process_group()
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -1,0 +1,163 @@
+"""One process: collectives cost nothing, gradients are clipped, trackers are asked for by name."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from llmac.errors import ConfigError
+from llmac.runtime.context import Runtime
+
+
+@pytest.fixture
+def runtime():
+    runtime = Runtime.create(seed=0, output=None)
+    yield runtime
+    runtime.close()
+
+
+def test_one_process_is_rank_0_and_its_collectives_are_the_identity(runtime):
+    assert (runtime.rank, runtime.world_size, runtime.local_rank) == (0, 1, 0)
+    assert runtime.is_main
+    assert runtime.gradient_scale == 1.0
+    assert runtime.max(2) == 2.0
+    assert runtime.gather({"a": 1}) == [{"a": 1}]
+    assert runtime.broadcast("text") == "text"
+    runtime.barrier()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bfloat16])
+def test_the_sum_of_one_process_is_the_tensor_itself(runtime, dtype):
+    x = torch.tensor([1, 2, 3], dtype=dtype)
+    assert torch.equal(runtime.sum(x), x)
+    assert runtime.sum(x).dtype == dtype
+
+
+def test_a_sum_carries_no_gradient(runtime):
+    assert not runtime.sum(torch.ones(2, requires_grad=True)).requires_grad
+
+
+def test_a_sum_of_bools_is_refused(runtime):
+    with pytest.raises(TypeError, match=r"use .long\(\) to count"):
+        runtime.sum(torch.tensor([True]))
+
+
+def test_the_same_seed_draws_the_same_and_neighbouring_seeds_do_not(runtime):
+    seeds = {runtime.seed(n) for n in range(5)}
+    assert len(seeds) == 5
+    runtime.seed(3)
+    first = torch.rand(3)
+    runtime.seed(3)
+    assert torch.equal(torch.rand(3), first)
+
+
+def two_gradients(a: float, b: float) -> nn.Module:
+    module = nn.Linear(2, 1, bias=False)
+    module.weight.grad = torch.tensor([[a, b]])
+    return module
+
+
+def test_gradients_are_scaled_to_the_norm_and_the_norm_before_is_returned(runtime):
+    module = two_gradients(3.0, 4.0)
+    norm = runtime.clip_grad_norm(module, 1.0)
+    assert norm.item() == 5.0  # sqrt(9 + 16)
+    torch.testing.assert_close(next(module.parameters()).grad, torch.tensor([[0.6, 0.8]]))
+
+
+def test_an_infinite_limit_only_measures(runtime):
+    module = two_gradients(3.0, 4.0)
+    assert runtime.clip_grad_norm(module, math.inf).item() == 5.0
+    assert torch.equal(module.weight.grad, torch.tensor([[3.0, 4.0]]))  # type: ignore[arg-type]
+
+
+def test_a_norm_that_is_not_finite_leaves_gradients_and_weights_alone(runtime):
+    module = two_gradients(math.nan, 4.0)
+    before = module.weight.detach().clone()  # type: ignore[operator]
+    assert runtime.clip_grad_norm(module, 1.0).isnan()
+    assert module.weight.grad[0, 1].item() == 4.0  # type: ignore[index]
+    module, optimizer = runtime.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
+    assert runtime.step(module, optimizer, max_norm=1.0).isnan()
+    assert torch.equal(module.weight, before)  # type: ignore[arg-type]
+    assert module.weight.grad is None
+
+
+def test_a_step_clips_updates_and_forgets(runtime):
+    module = two_gradients(3.0, 4.0)
+    before = module.weight.detach().clone()  # type: ignore[operator]
+    module, optimizer = runtime.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
+    norm = runtime.step(module, optimizer, max_norm=1.0)
+    assert norm.item() == 5.0
+    torch.testing.assert_close(module.weight, before - torch.tensor([[0.6, 0.8]]))
+    assert module.weight.grad is None
+
+
+def test_no_environment_variable_divides_the_loss(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    runtime = Runtime.create(seed=0, output=None)
+    weight = torch.ones(1, requires_grad=True)
+    runtime.backward(3.0 * weight.sum())
+    assert weight.grad is not None
+    assert weight.grad.item() == 3.0
+    runtime.close()
+
+
+def test_a_launchers_mixed_precision_is_said_to_have_no_effect(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with caplog.at_level(logging.WARNING):
+        runtime = Runtime.create(seed=0, output=None)
+    assert "mixed_precision=bf16 has no effect" in caplog.text
+    module = nn.Linear(2, 2)
+    module, _ = runtime.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
+    assert module(torch.ones(1, 2)).dtype == torch.float32
+    runtime.close()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_no_autocast_computes_in_the_weights_own_precision(runtime, dtype):
+    with runtime.autocast(dtype):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+
+
+def test_autocast_computes_in_the_asked_precision(runtime):
+    with runtime.autocast(torch.bfloat16):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
+
+
+def test_a_distribution_we_do_not_run_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"asks for DeepSpeed.*ddp\.yaml"):
+        Runtime.create(seed=0, output=None)
+
+
+def test_tensorboard_writes_into_the_run_directory(tmp_path):
+    runtime = Runtime.create(seed=0, output=tmp_path)
+    recipe = {"algorithm": {"name": "ppo", "lam": 0.95}, "critic": None, "betas": [0.9, 0.99]}
+    runtime.start_trackers(["tensorboard"], "demo", recipe)
+    runtime.track({"reward/mean": 0.5}, step=1)
+    runtime.close()
+    runtime.close()
+    folder = tmp_path / "trackers" / "demo"
+    events = b"".join(path.read_bytes() for path in folder.glob("events*"))
+    assert b"reward/mean" in events
+    written = "".join(path.read_text() for path in folder.rglob("hparams.yml"))
+    assert "algorithm.lam: 0.95" in written
+
+
+def test_without_trackers_nothing_is_written(tmp_path):
+    runtime = Runtime.create(seed=0, output=tmp_path)
+    runtime.start_trackers([], "demo", {})
+    runtime.track({"reward/mean": 0.5}, step=1)
+    runtime.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_tracker_is_refused(runtime):
+    with pytest.raises(ConfigError, match=r"run\.trackers: .*tensorbord"):
+        runtime.start_trackers(["tensorbord"], "demo", {})
+
+
+def test_a_tracker_that_is_not_installed_is_refused(runtime):
+    with pytest.raises(ConfigError, match="asks for dvclive, which is not installed"):
+        runtime.start_trackers(["dvclive"], "demo", {})
