@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_gsm8k_accepts_the_datasets_own_answers_and_no_others():
     assert all(
         reward(row["question"], row["answer"], answer=row["answer"]) == 1.0 for row in problems
     )
-    shifted = zip(problems, problems[1:], strict=False)
+    shifted = pairwise(problems)
     different = [(a, b) for a, b in shifted if final(a["answer"]) != final(b["answer"])]
     assert len(different) > 30
     assert all(reward("", a["answer"], answer=b["answer"]) == 0.0 for a, b in different)
