@@ -31,8 +31,8 @@ class SetupError(Exception):
 def fingerprint(checkout: Path, python: str) -> str:
     """Changes exactly when an environment made before must be made anew.
 
-    It covers what `pyproject.toml` says about dependencies and building, all of `constraints.txt`, the Python, and where
-    the checkout lies, because scripts of an environment contain its path.
+    It covers what `pyproject.toml` says about dependencies and building, all of `constraints.txt`, the Python, and
+    where the checkout lies, because scripts of an environment contain its path.
     """
     project = tomllib.loads((checkout / "pyproject.toml").read_text())
     parts = {
@@ -84,7 +84,9 @@ def run(command: list[str | Path], log: Path) -> None:
     with log.open("a") as file:
         file.write(f"$ {' '.join(map(str, command))}\n")
         file.flush()
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
         raise SetupError(
@@ -95,7 +97,9 @@ def run(command: list[str | Path], log: Path) -> None:
 
 def imports(python: Path, statement: str) -> bool:
     """Whether a fresh interpreter survives `statement`."""
-    return subprocess.run([python, "-c", statement], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run([python, "-c", statement], capture_output=True, check=False).returncode == 0
+    )
 
 
 def drop_broken(python: Path, venv: Path, log: Path) -> None:
@@ -147,13 +151,19 @@ def make(venv: Path, extras: set[str], log: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/setup", description="Make .venv complete and up to date.")
-    known = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    parser = argparse.ArgumentParser(
+        prog="scripts/setup", description="Make .venv complete and up to date."
+    )
+    known = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help=f"any of: {', '.join(known)}")
     extras = set(parser.parse_args().extras)
     if unknown := sorted(extras - set(known)):
         parser.error(f"there is no extra {unknown[0]!r}; extras: {', '.join(known)}")
-    os.environ.pop("PYTHONPATH", None)  # packages from elsewhere would hide what the environment lacks
+    os.environ.pop(
+        "PYTHONPATH", None
+    )  # packages from elsewhere would hide what the environment lacks
     os.environ.pop("PYTHONHOME", None)
     with (CHECKOUT / ".venv.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two at once, the second waits and finds it done
