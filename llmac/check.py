@@ -106,7 +106,7 @@ def _data(
         max_new_tokens=max_new_tokens,
     )
     _check_columns(recipe, set(prompts[0].columns))
-    start = tokenizers[0].decode(prompts[0].token_ids)
+    start = str(tokenizers[0].decode(list(prompts[0].token_ids)))
     first = start if len(start) <= 200 else start[:200] + "..."
     return "\n".join(
         [*report.lines(), f"columns: {', '.join(report.columns)}", f"first prompt: {first!r}"]

@@ -322,11 +322,10 @@ def _rewards(take: _Take, origin: _Origin, result: Imported) -> None:
 
 
 def _engine(take: _Take, origin: _Origin, result: Imported) -> None:
-    if top_k := take("top_k"):
-        if top_k > 0:
-            result.unmapped.append(
-                f"top_k: {top_k}  (it would bias the importance ratio; training uses all tokens)"
-            )
+    if (top_k := take("top_k")) and top_k > 0:
+        result.unmapped.append(
+            f"top_k: {top_k}  (it would bias the importance ratio; training uses all tokens)"
+        )
     correction, mode = (
         take("vllm_importance_sampling_correction"),
         take("vllm_importance_sampling_mode"),

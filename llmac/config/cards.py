@@ -11,7 +11,6 @@ reason}`.
 import dataclasses
 import functools
 import importlib
-import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llmac.config.familiar import suggestion
+from llmac.config.guards import is_list, is_mapping
 from llmac.config.words import closest, describe, found
 from llmac.errors import ConfigError
 
@@ -93,9 +93,7 @@ def choose_critic(value: object, algorithm: Choice) -> Choice | None:
         )
     if usual is None:
         keys = (
-            ", ".join(f"critic.{key}" for key in value)
-            if isinstance(value, Mapping) and value
-            else "critic"
+            ", ".join(f"critic.{key}" for key in value) if is_mapping(value) and value else "critic"
         )
         raise ConfigError(
             f"{keys} has no effect: {algorithm.name} uses no critic. Remove it, or choose an algorithm that has one "
@@ -132,7 +130,7 @@ def _choose(
         value = {"name": value}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _already_made(room, value)
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         raise ConfigError(f"{room} must be a name or a mapping with a name, found {found(value)}")
     name = value.get("name", default_name)
     if not isinstance(name, str):
@@ -202,7 +200,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 def _frozen(value: object, hint: Any) -> object:
     """YAML knows lists only; a field typed as a tuple gets a tuple, all the way down."""
-    if isinstance(value, list) and tuple in _origins(hint):
+    if is_list(value) and tuple in _origins(hint):
         return tuple(_frozen(entry, hint) for entry in value)
     return value
 
@@ -212,5 +210,5 @@ def _origins(hint: Any) -> set[Any]:
     if origin is typing.Annotated:
         return _origins(get_args(hint)[0])
     if origin in (typing.Union, types.UnionType):
-        return functools.reduce(operator.or_, (_origins(part) for part in get_args(hint)))
+        return {origin for part in get_args(hint) for origin in _origins(part)}
     return {origin or hint}

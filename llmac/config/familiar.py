@@ -1,5 +1,4 @@
-"""Names people bring from TRL, verl and OpenRLHF, and what they are called here. Used in error
-messages only."""
+"""What people call things in TRL, verl and OpenRLHF, for error messages: their name -> ours."""
 
 FAMILIAR: dict[str, str] = {
     "adv_estimator": "algorithm.name",

@@ -1,5 +1,4 @@
-"""A file or a mapping, and overrides, to a checked `Recipe`. Every refusal is one `ConfigError` in
-plain words."""
+"""A file or a mapping, and overrides, to a checked `Recipe`, or one `ConfigError` in plain words."""
 
 import re
 import types
@@ -15,6 +14,7 @@ from pydantic.fields import FieldInfo
 from llmac.config.cards import card_class, card_fields
 from llmac.config.effects import check_effects, check_sense
 from llmac.config.familiar import suggestion
+from llmac.config.guards import is_dict, is_list, is_mapping
 from llmac.config.schema import Recipe, Section, reward_short_forms
 from llmac.config.words import closest, describe, found, sentence_of
 from llmac.errors import ConfigError
@@ -81,7 +81,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
+    if not is_dict(content):
         raise ConfigError(
             f"{path} must hold a mapping with the sections {', '.join(Recipe.model_fields)}, found {found(content)}"
         )
@@ -89,12 +89,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class YamlReader(yaml.SafeLoader):
-    """YAML 1.2's core schema, and no key twice. PyYAML's own rules read 1e-6 as text and `no` as
-    false."""
+    """YAML 1.2's core schema, and no key twice.
+
+    PyYAML's own rules are those of 1.1: they read 1e-6 as text and `no` as false.
+    """
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node, refused when it has a key twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
@@ -116,7 +119,7 @@ for _tag, _pattern, _starts in (
     ("float", _NUMBER, list("-+.0123456789")),
     ("merge", re.compile(r"<<"), ["<"]),
 ):
-    YamlReader.add_implicit_resolver(
+    YamlReader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType] - untyped stub
         f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern.pattern})$"), _starts
     )
 YamlReader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
@@ -159,19 +162,19 @@ def _set(settings: dict[str, Any], key: str, text: str) -> None:
             child = {"name": child}
         elif depth == 0 and part == "reward":
             child = reward_short_forms(child)
-        elif not isinstance(child, dict | list):
+        elif not (is_dict(child) or is_list(child)):
             above = ".".join(parents[: depth + 1])
             raise ConfigError(
                 f"override {key}: {above} is the single value {found(child)}, it has no {last!r} in it"
             )
-        node[int(part) if isinstance(node, list) else part] = child
+        node[int(part) if is_list(node) else part] = child
         node = child
     _step(node, last, key)
-    node[int(last) if isinstance(node, list) else last] = _parse(key, text, _hint(key, settings))
+    node[int(last) if is_list(node) else last] = _parse(key, text, _hint(key, settings))
 
 
 def _step(node: Any, part: str, key: str) -> Any:
-    if isinstance(node, list):
+    if is_list(node):
         if not part.isdigit() or int(part) >= len(node):
             raise ConfigError(
                 f"override {key}: {part!r} is not the number of one of {len(node)} entries, from 0"
@@ -203,13 +206,12 @@ def _parts(hint: Any) -> set[Any]:
     if origin is typing.Annotated:
         return _parts(args[0])
     if origin in (typing.Union, types.UnionType):
-        return set().union(*(_parts(part) for part in args))
+        return {kind for part in args for kind in _parts(part)}
     return set(args) if origin is Literal else {origin or hint}
 
 
 def _hint(key: str, settings: Mapping[str, Any]) -> Any:
-    """The type of a dotted key, or None where the schema does not know it (validation will say
-    so)."""
+    """The type of a dotted key, or None where the schema does not know it."""
     hint: Any = Recipe
     parts = key.split(".")
     if len(parts) == 2 and parts[0] in ("algorithm", "critic"):
@@ -230,7 +232,7 @@ def _card_hint(room: str, key: str, settings: Mapping[str, Any]) -> Any:
     if key == "name":
         return str
     section = settings.get(room)
-    name = section.get("name") if isinstance(section, Mapping) else section
+    name = section.get("name") if is_mapping(section) else section
     if not isinstance(name, str):
         return None
     try:
@@ -247,8 +249,7 @@ def _section_in(hint: Any) -> type[Section] | None:
 
 
 def _anchor(settings: dict[str, Any], folder: Path | None) -> None:
-    """Files are looked for where the command runs, then beside the recipe; the recipe says where
-    they were found."""
+    """Replace files that are not where the command runs, but beside the recipe, by their place there."""
     if folder is None:
         return
 
@@ -267,36 +268,36 @@ def _anchor(settings: dict[str, Any], folder: Path | None) -> None:
         return found_at(text, file) if colon and file.endswith(".py") else text
 
     reward = settings.get("reward")
-    functions = reward.get("functions") if isinstance(reward, dict) else reward
-    if isinstance(functions, list):
+    functions = reward.get("functions") if is_dict(reward) else reward
+    if is_list(functions):
         for index, entry in enumerate(functions):
-            if isinstance(entry, dict) and "path" in entry:
+            if is_dict(entry) and "path" in entry:
                 entry["path"] = code(entry["path"])
             else:
                 functions[index] = code(entry)
     elif isinstance(reward, str):
         settings["reward"] = code(reward)
-    elif isinstance(reward, dict) and "path" in reward:
+    elif is_dict(reward) and "path" in reward:
         reward["path"] = code(reward["path"])
     for room in ("algorithm", "critic"):
         section = settings.get(room)
-        if isinstance(section, dict) and "name" in section:
+        if is_dict(section) and "name" in section:
             section["name"] = code(section["name"])
         elif isinstance(section, str):
             settings[room] = code(section)
     evaluation = settings.get("evaluation")
     for section in (
         settings.get("data"),
-        evaluation.get("data") if isinstance(evaluation, dict) else None,
+        evaluation.get("data") if is_dict(evaluation) else None,
     ):
-        if isinstance(section, dict) and isinstance(section.get("name"), str):
+        if is_dict(section) and isinstance(section.get("name"), str):
             section["name"] = found_at(section["name"], section["name"])
 
 
 def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {key: _copy(entry) for key, entry in value.items()}
-    return [_copy(entry) for entry in value] if isinstance(value, list) else value
+    return [_copy(entry) for entry in value] if is_list(value) else value
 
 
 def in_words(error: ValidationError) -> str:
@@ -372,8 +373,7 @@ def _owners_of(key: str) -> Iterable[str]:
 def _walk(
     loc: Sequence[int | str],
 ) -> tuple[list[type[Section]], str, FieldInfo | None, Sequence[int | str]]:
-    """Follow pydantic's location as far as it names our fields: (owners, dotted path, field, what
-    is left)."""
+    """Pydantic's location, as far as it names our fields: (owners, dotted path, field, rest)."""
     owners: list[type[Section]] = [Recipe]
     owner: type[Section] | None = Recipe
     path, field = "", None

@@ -5,7 +5,7 @@ Keys of `algorithm:` and `critic:` are not here. They are the fields of the chos
 formula that uses them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from llmac.config.cards import Choice, choose_algorithm, choose_critic
+from llmac.config.guards import is_list, is_mapping, is_sequence
 from llmac.errors import ConfigError
 
 Count = Annotated[int, Field(gt=0)]
@@ -31,7 +32,7 @@ Numbers = Annotated[tuple[int, ...], Field(strict=False)]
 
 
 def _list_to_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value) if is_list(value) else value
 
 
 class Section(BaseModel):
@@ -274,11 +275,11 @@ def reward_short_forms(value: object) -> object:
     """`path`, `[path, ...]` and `{path | model, ...}` mean `{functions: [...]}`."""
     if isinstance(value, str) or callable(value):
         value = [value]
-    if isinstance(value, list | tuple):
+    if is_sequence(value):
         value = {"functions": list(value)}
-    elif isinstance(value, Mapping) and "functions" not in value and {"path", "model"} & set(value):
+    elif is_mapping(value) and "functions" not in value and {"path", "model"} & set(value):
         value = {"functions": [value]}
-    if isinstance(value, Mapping) and isinstance(value.get("functions"), list | tuple):
+    if is_mapping(value) and is_sequence(value.get("functions")):
         functions = [
             {"path": f} if isinstance(f, str) or callable(f) else f for f in value["functions"]
         ]

@@ -1,5 +1,4 @@
-"""A recipe back to text: complete YAML to save, commented YAML to read, a fingerprint to
-compare."""
+"""A recipe as text: complete YAML to save, commented YAML to read, a fingerprint to compare."""
 
 import dataclasses
 import hashlib
@@ -11,6 +10,7 @@ import yaml
 
 from llmac.config.cards import Choice, card_fields
 from llmac.config.effects import given, idle_keys
+from llmac.config.guards import is_mapping, is_sequence
 from llmac.config.loading import YamlReader
 from llmac.config.schema import Recipe, Section
 from llmac.config.words import field_docs, first_line, sentence_of
@@ -64,8 +64,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """16 hexadecimal digits that are the same for every recipe that may continue the same run (see
-    `MAY_CHANGE`)."""
+    """16 hexadecimal digits, the same for all recipes that may continue one run (see `MAY_CHANGE`)."""
     settings = plain(recipe)
     for key in MAY_CHANGE:
         _drop(settings, key)
@@ -98,7 +97,7 @@ def describe_card(name: str, owner: type) -> str:
 
 
 def _rows(
-    node: Any,
+    node: Section | Choice,
     prefix: str,
     depth: int,
     changed: Sequence[str],
@@ -111,7 +110,7 @@ def _rows(
         if isinstance(value, Section | Choice):
             yield f"{pad}{name}:", meaning
             yield from _rows(value, f"{key}.", depth + 1, changed, idle, is_given)
-        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+        elif is_sequence(value) and value and isinstance(value[0], Section):
             yield f"{pad}{name}:", meaning
             for index, entry in enumerate(value):
                 inner = list(_rows(entry, f"{key}[{index}].", depth + 2, changed, idle, is_given))
@@ -133,11 +132,12 @@ def _rows(
                 yield f"{pad}{text}", f"{origin}. {meaning}"
 
 
-def _entries(node: Any) -> Iterator[tuple[str, Any, str]]:
+def _entries(node: Section | Choice) -> Iterator[tuple[str, Any, str]]:
     if isinstance(node, Choice):
-        yield "name", node.name, first_line(type(node.settings))
-        docs = field_docs(type(node.settings))
-        for name in card_fields(type(node.settings)):
+        card: type[Any] = node.settings.__class__
+        yield "name", node.name, first_line(card)
+        docs = field_docs(card)
+        for name in card_fields(card):
             yield name, getattr(node.settings, name), docs.get(name, "")
     else:
         for name, field in type(node).model_fields.items():
@@ -162,15 +162,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Section):
         return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, Choice):
-        fields = card_fields(type(value.settings))
+        card: type[Any] = value.settings.__class__
+        fields = card_fields(card)
         return {"name": value.name} | {
             name: _plain(getattr(value.settings, name)) for name in fields
         }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
+    if is_sequence(value):
         return [_plain(entry) for entry in value]
     if callable(value):
         named = (
@@ -201,4 +202,5 @@ class YamlWriter(yaml.SafeDumper):
     }
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Equal values are written out each time."""
         return True

@@ -1,5 +1,4 @@
-"""What a recipe names outside itself: files, folders and functions. Looked at before anything heavy
-is loaded."""
+"""What a recipe names outside itself, files, folders and functions, before anything heavy loads."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,5 +1,4 @@
-"""Types, values and near misses in words, so that every message about a recipe speaks the same
-language."""
+"""Types, values and near misses in words: every message about a recipe speaks one language."""
 
 import ast
 import dataclasses
@@ -16,6 +15,13 @@ from typing import Any, Literal, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
+_KINDS: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "a mapping",
+}
 _NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -66,13 +72,7 @@ def found(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    kind = {
-        str: "text",
-        int: "a whole number",
-        float: "a number",
-        list: "a list",
-        dict: "a mapping",
-    }.get(type(value))
+    kind = _KINDS.get(type(value))
     shown = repr(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."
@@ -131,8 +131,7 @@ def field_docs(owner: type) -> dict[str, str]:
 
 
 def first_line(owner: type) -> str:
-    """The first sentence of a class's docstring, or of its module's when the class has none of its
-    own."""
+    """The first line of a class's docstring, or of its module's when the class has none."""
     text = inspect.getdoc(owner) if owner.__doc__ else None
     if not text or text.startswith(
         f"{owner.__name__}("

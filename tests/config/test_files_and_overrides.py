@@ -64,7 +64,7 @@ def test_naming_an_algorithm_drops_the_files_keys_and_keeps_the_command_lines(re
     recipe = load_recipe(recipe_file, ["algorithm.group_size=4", "algorithm=grpo"])
     assert recipe.algorithm.name == "grpo"
     assert recipe.algorithm.settings.group_size == 4
-    with pytest.raises(ConfigError, match="algorithm.lam is not a field of grpo"):
+    with pytest.raises(ConfigError, match=r"algorithm\.lam is not a field of grpo"):
         load_recipe(recipe_file, ["algorithm.name=grpo"])
 
 
