@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_a_script_says_at_its_top_what_it_does(script):
     assert shebang.startswith("#!/usr/bin/env ")
     assert len(first.lstrip('#" ')) > 20
     assert script.stat().st_mode & 0o111, "not executable"
+
+
+def test_the_card_in_contributing_works():
+    import torch
+
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = textwrap.dedent(re.search(r"   ```python\n(.*?)   ```", text, re.DOTALL)[1])
+    names = {"__name__": "best_of_group"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    card = names["BestOfGroup"]()
+    scores, group = torch.tensor([1.0, 0.0, 0.5, 0.25]), torch.tensor([3, 3, 8, 8])
+    assert card.outcome_advantages(scores, group).tolist() == [0.0, -1.0, 0.0, -0.25]
+    assert card.default_critic is None
 
 
 def test_continuous_integration_runs_the_test_script_and_nothing_else():
