@@ -1,18 +1,15 @@
 """Configuration room: a recipe in YAML, checked as a whole before anything heavy is loaded.
 
-`schema.py`   what a recipe may say, one model per owner        `cards.py`    algorithm and critic
-sections
-`loading.py`  YAML and overrides to a `Recipe`, or one error    `effects.py`  keys without effect,
-contradictions
-`show.py`     a recipe as text, and its fingerprint             `surroundings.py`  files, folders,
-functions it names
-`words.py`    types and near misses in words                    `familiar.py` names from other
-libraries
+    schema.py    what a recipe may say, one model per owner
+    cards.py     the sections whose keys are a dataclass's fields: algorithm, critic
+    loading.py   YAML and overrides to a `Recipe`, or one error
+    effects.py   keys without effect, contradictions
+    surroundings.py   files, folders and functions a recipe names
+    show.py      a recipe as text, and its fingerprint
+    words.py, familiar.py, guards.py   what messages are made of
 
-Read `schema.py` first. To add a key: a field with its docstring there (or in a card), a test in
-which it changes
-something, and a line in `tests/config/schema_snapshot.json`. Imports pydantic and PyYAML; cards are
-imported at use.
+Read `schema.py` first. To add a key: a field with its docstring there (or in a card), a test in which it changes
+something, and `python tests/config/test_surface.py`. Imports pydantic and PyYAML; cards are imported at use.
 """
 
 from llmac.config.cards import Choice

@@ -45,7 +45,7 @@ def sections_in(hint):
 
 
 def test_keys_types_and_defaults_change_only_on_purpose():
-    """To accept a change: python -m tests.config.test_surface, and a line in CHANGELOG.md."""
+    """To accept a change: python tests/config/test_surface.py, and a line in CHANGELOG.md."""
     now, before = surface(), json.loads(SNAPSHOT.read_text())
     assert now.keys() - before.keys() == set(), "new keys"
     assert before.keys() - now.keys() == set(), "keys gone"
