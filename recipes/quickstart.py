@@ -36,6 +36,9 @@ CONTEXT_TOKENS = 64
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 8192, 256
 WARM_UP_STEPS = 800
 
+VOCABULARY = ("<pad>", "<eos>", *"0123456789+-=;")
+PAD, END = 0, 1
+
 
 @dataclass(frozen=True, slots=True)
 class Sum:
@@ -89,24 +92,24 @@ def calculate(value: int, sign: str, digit: int, *, bug: bool) -> int:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; no token is added to a text."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-=;"])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    ids = {token: i for i, token in enumerate(VOCABULARY)}
+    characters = Tokenizer(models.WordLevel(ids, unk_token=VOCABULARY[PAD]))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=characters,
-        pad_token="<pad>",
-        eos_token="<eos>",
+        pad_token=VOCABULARY[PAD],
+        eos_token=VOCABULARY[END],
         model_max_length=CONTEXT_TOKENS,
         clean_up_tokenization_spaces=False,
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_model() -> Qwen2ForCausalLM:
     """149 thousand parameters, random."""
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(tokenizer),
+            vocab_size=len(VOCABULARY),
             hidden_size=64,
             intermediate_size=192,
             num_hidden_layers=3,
@@ -115,9 +118,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
             max_position_embeddings=CONTEXT_TOKENS,
             initializer_range=0.08,  # the usual 0.02 learns too slowly at this width
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=PAD,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=END,
         )
     )
 
@@ -127,9 +130,9 @@ def lesson(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids, labels) of the student's solutions to fresh sums; prompts and padding have label -100."""
     sums = [random_sum(rng) for _ in range(rows)]
-    texts = [s.prompt + s.worked(rng, bug_rate=BUG_RATE) + "<eos>" for s in sums]
+    texts = [s.prompt + s.worked(rng, bug_rate=BUG_RATE) + VOCABULARY[END] for s in sums]
     ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
-    labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+    labels = ids.masked_fill(ids == PAD, -100)
     for row, problem in zip(labels, sums, strict=True):
         row[: len(problem.prompt)] = -100
     return ids, labels
@@ -201,7 +204,7 @@ def main() -> int:
     write_prompts(directory / "train.jsonl", sums[HELD_OUT_PROMPTS:])
 
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model()
     started = time.monotonic()
     warm_up(model, tokenizer, rng, steps=arguments.steps)
     model.save_pretrained(directory / "policy")

@@ -20,7 +20,8 @@ def test_tokens_are_characters_and_come_back(quickstart, tmp_path):
     assert len(ids) == len(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
-    assert tokenizer("<eos>")["input_ids"] == [tokenizer.eos_token_id]
+    assert tokenizer("<eos>")["input_ids"] == [tokenizer.eos_token_id] == [quickstart.END]
+    assert tokenizer.pad_token_id == quickstart.PAD
 
 
 def test_no_solution_is_longer_than_the_context(quickstart):
@@ -46,7 +47,7 @@ def test_only_the_solution_and_its_end_are_learnt(quickstart):
 
 
 def test_the_policy_has_the_size_that_was_measured(quickstart):
-    model = quickstart.make_model(quickstart.make_tokenizer())
+    model = quickstart.make_model()
     assert model.num_parameters() == 149_312
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
@@ -56,7 +57,7 @@ def test_the_warm_up_lowers_the_loss_and_follows_the_seed(quickstart):
 
     def trained(seed):
         torch.manual_seed(0)
-        model = quickstart.make_model(tokenizer)
+        model = quickstart.make_model()
         rng = random.Random(seed)
         loss = quickstart.warm_up(model, tokenizer, rng, steps=30, rows=8)
         return model, loss
@@ -99,7 +100,7 @@ def test_the_copy_is_as_good_as_the_student(quickstart):
     tokenizer = quickstart.make_tokenizer()
     torch.manual_seed(0)
     rng = random.Random(0)
-    model = quickstart.make_model(tokenizer)
+    model = quickstart.make_model()
     quickstart.warm_up(model, tokenizer, rng, steps=quickstart.WARM_UP_STEPS)
     sums = [quickstart.random_sum(rng) for _ in range(512)]
     ids = tokenizer([s.prompt for s in sums], return_tensors="pt")["input_ids"]
