@@ -11,8 +11,7 @@ from llmac.core.types import Prompt
 from llmac.data.prompts import load_prompts
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% if not loop.last or add_generation_prompt %}</>{% endif %}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -1,6 +1,8 @@
 """How a row becomes a prompt."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from llmac.errors import ConfigError, DataError
 
@@ -184,15 +186,21 @@ def test_an_empty_string_has_nothing_to_continue(load):
 
 
 def test_an_appended_end_of_sequence_is_taken_off(load, tokenizer, texts):
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
     raw = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     raw.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     ending = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
     assert ending("hi")["input_ids"][-1] == ending.eos_token_id
     assert texts(load([{"prompt": "hi"}], tokenizer=ending)[0]) == ["hi"]
     assert texts(load([{"prompt": "hi<eos>"}], tokenizer=tokenizer)[0]) == ["hi<eos>"]
+
+
+def test_a_chat_template_writes_its_own_special_tokens(load, tokenizer, texts):
+    raw = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    raw.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    beginning = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
+    beginning.chat_template = "{{ messages[0].content }}?"
+    assert texts(load([{"prompt": "hi"}], tokenizer=beginning)[0]) == ["<pad>hi"]
+    assert texts(load([{"prompt": USER}], tokenizer=beginning)[0]) == ["hi?"]
 
 
 def test_ids_come_from_the_id_column_when_it_tells_rows_apart(load):
@@ -238,6 +246,8 @@ def test_prompt_and_response_must_fit_the_model(load):
         DataError, match=r"6 tokens; at most 5 .*model's 13 less .*max_new_tokens = 8"
     ):
         load(rows, model_max_tokens=13, max_new_tokens=8)
+    with pytest.raises(DataError, match=r"at most 4 .*data\.max_prompt_tokens"):
+        load(rows, model_max_tokens=13, max_new_tokens=8, max_prompt_tokens=4)
     with pytest.raises(DataError, match="no room for a prompt"):
         load(rows, model_max_tokens=8, max_new_tokens=8)
 

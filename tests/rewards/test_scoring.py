@@ -143,6 +143,19 @@ def test_skipped_errors_are_counted_logged_and_the_others_decide(rewards, answer
     assert metrics["reward/breaks_on_x/mean"].value == 1.0  # an exception is not a zero
 
 
+def test_a_batch_that_raises_is_skipped_as_a_whole(rewards, answered):
+    def broken(completions):
+        raise KeyError("answer")
+
+    score = rewards(broken, longer, on_error="skip")
+    assert [t.reward for t in score([answered("a"), answered("bb"), answered("c")])] == [
+        1.0,
+        2.0,
+        1.0,
+    ]
+    assert score.metrics()["reward/broken/errors"].value == 3
+
+
 def test_a_skipped_nan_does_not_poison_its_group(rewards, answered):
     score = rewards(
         RewardSpec(function=lambda completions: [1.0, float("nan"), 0.0], name="odd"),
@@ -221,8 +234,8 @@ def test_one_reward_that_is_not_zero_ends_the_count(rewards, answered, caplog):
         RewardSpec(function=lambda prompt, response: float(response == "y"), name="rare"),
         zero_reward_warning_steps=2,
     )
-    for text in ("n", "y", "n", "y"):
-        score([answered(text)])
+    for texts in ("nn", "yn", "nn", "yn"):
+        score([answered(text) for text in texts])
         score.metrics()
     assert not caplog.messages
 
