@@ -182,9 +182,12 @@ def test_dapo_shapes_scores_before_comparing_siblings():
     )
     scores = card("dapo", overlong_buffer_tokens=4, overlong_penalty=2.0).scores(rollouts)
     assert scores.tolist() == [1, 1 - 2 * 3 / 4, 1 - 2, 0]  # 9 tokens reach 3 of 4 into the buffer
-    unset = card("dapo").scores(rollouts)  # a fifth of 10 is 2 tokens
-    assert unset.tolist() == [1, 0.5, 0, 0]
     assert card("dapo", overlong_buffer_tokens=0).scores(rollouts).tolist() == [1, 1, 1, 0]
+
+
+def test_an_unset_buffer_is_a_fifth_of_the_limit():
+    rollouts = make_rollouts(rewards=[1, 1], lengths=[18, 20], group=[0, 0], length_limit=20)
+    assert card("dapo").scores(rollouts).tolist() == [1 - 2 / 4, 0]  # 2 of 4 tokens, 4 of 4
 
 
 def critic_says(rollouts, at, bootstrap=0.0):

@@ -118,8 +118,11 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_all(name, fields, sizes, 
     )
 
 
-@every_card
-@plain_and_busy
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [(name, fields) for name in ALGORITHMS for fields in ({}, BUSY)]
+    + [("grpo", {"scale": "batch"}), ("cispo", {"scale": "batch"})],
+)
 def test_two_ranks_give_the_credit_of_one_process(name, fields, rollouts):
     algorithm = card(name, **fields)
     values = values_for(algorithm, rollouts)
