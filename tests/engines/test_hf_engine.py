@@ -221,10 +221,9 @@ def test_a_stop_string_ends_a_response_at_the_token_that_completes_it(engine, to
     )
     assert stopped != free
     for before, after in zip(free, stopped, strict=True):
-        text = tokenizer.decode(before.token_ids)
-        if stop in text:
-            # One character a token, except the end token, which is last.
-            kept = text.index(stop) + len(stop)
+        if stop in tokenizer.decode(before.token_ids):
+            tokens = before.token_ids
+            kept = next(n for n in range(len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
             assert (after.token_ids, after.finish) == (before.token_ids[:kept], Finish.STOP)
         else:
             assert after == before

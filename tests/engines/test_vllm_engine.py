@@ -1,0 +1,239 @@
+"""The promises of `test_hf_engine.py`, kept by a real vLLM; one engine a kind of model, as starting costs seconds."""
+
+import importlib.util
+import os
+import random
+
+import pytest
+import torch
+
+from llmac.core.protocols import Request, RolloutEngine, SamplingParams
+from llmac.core.types import Finish
+from llmac.engines.probe import module_reference, prove_updates_arrive
+from llmac.engines.vllm_engine import VLLMEngine
+from llmac.errors import EngineError
+
+END = 1
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    # vLLM and what it imports use names their own dependencies have deprecated.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def ask(prompts, **params):
+    return [Request(prompt_ids=prompt, params=SamplingParams(**params)) for prompt in prompts]
+
+
+def flat(answers):
+    return [completion for siblings in answers for completion in siblings]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def built(request, make_model, tokenizer, tmp_path_factory):
+    """An engine, and a maker of models of its shape; the engine starts on seed 0."""
+    tied = request.param == "tied"
+    folder = tmp_path_factory.mktemp(request.param)
+    make_model(tied=tied).save_pretrained(folder)
+    before = _process_state()
+    engine = VLLMEngine(str(folder), tokenizer)
+    engine.state_before, engine.state_after = before, _process_state()
+    yield engine, lambda seed: make_model(tied=tied, seed=seed)
+    engine.close()
+    engine.close()
+
+
+@pytest.fixture
+def engine(built):
+    """The engine with the weights of seed 0."""
+    engine, make = built
+    engine.load_weights(make(0).named_parameters(), version=0)
+    return engine
+
+
+def _process_state():
+    return {
+        "threads": torch.get_num_threads(),
+        "set_threads": torch.set_num_threads,
+        "random": torch.get_rng_state().tolist(),
+        "python_random": random.getstate(),
+        "environment": dict(os.environ),
+        "cores": os.sched_getaffinity(0),
+    }
+
+
+def test_building_the_engine_leaves_the_process_as_it_was(built):
+    engine, _ = built
+    for name, before in engine.state_before.items():
+        assert engine.state_after[name] == before, name
+
+
+def test_it_is_a_rollout_engine(engine):
+    assert isinstance(engine, RolloutEngine)
+
+
+def test_greedy_responses_equal_generate_before_and_after_an_update(built, engine, prompts, greedy):
+    _, make = built
+    requests = ask(prompts, n=2, temperature=0.0, max_new_tokens=20)
+    for seed in (0, 1):
+        model = make(seed)
+        engine.load_weights(model.named_parameters(), version=seed + 5)
+        answers = engine.generate(requests)
+        assert [siblings[0].token_ids for siblings in answers] == greedy(model, prompts, 20)
+        assert all(len(siblings) == 2 and siblings[0] == siblings[1] for siblings in answers)
+        assert {c.policy_version for c in flat(answers)} == {engine.policy_version} == {seed + 5}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 1.3, "top_p": 0.7},
+        {"top_k": 5},
+        {"temperature": 0.0},
+    ],
+)
+def test_logprobs_equal_a_recomputation(params, built, engine, prompts, expected_logprobs):
+    _, make = built
+    requests = ask(prompts[:6], max_new_tokens=12, seed=5, **params)
+    for request, siblings in zip(requests, engine.generate(requests), strict=True):
+        for completion in siblings:
+            expected = expected_logprobs(make(0), request.prompt_ids, completion, request.params)
+            assert torch.allclose(torch.tensor(completion.logprobs).double(), expected, atol=2e-4)
+
+
+def test_seeds_repeat_and_siblings_differ(engine, prompts):
+    requests = ask([prompts[0]] * 2, n=6, max_new_tokens=12, seed=4)
+    first = engine.generate(requests)
+    assert engine.generate(requests) == first
+    assert len({c.token_ids for c in flat(first)}) > 9
+    assert engine.generate(ask([prompts[0]] * 2, n=6, max_new_tokens=12, seed=5)) != first
+
+
+def test_without_a_seed_torch_decides(engine, prompts):
+    requests = ask(prompts, max_new_tokens=12)
+    torch.manual_seed(0)
+    first, second = engine.generate(requests), engine.generate(requests)
+    torch.manual_seed(0)
+    assert engine.generate(requests) == first != second
+
+
+def test_finish_tells_stop_from_length(engine, prompts):
+    answers = flat(
+        engine.generate(ask(prompts, n=4, max_new_tokens=25, seed=0, stop_token_ids=(9,)))
+    )
+    assert {c.finish for c in answers} == {Finish.STOP, Finish.LENGTH}
+    for completion in answers:
+        ended = completion.token_ids[-1] in (END, 9)
+        assert completion.finish == (Finish.STOP if ended else Finish.LENGTH)
+        assert not {END, 9} & set(completion.token_ids[:-1])
+        assert ended or len(completion.token_ids) == 25
+        assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_a_stop_string_ends_a_response_at_the_token_that_completes_it(engine, tokenizer, prompts):
+    free = flat(engine.generate(ask(prompts, n=2, max_new_tokens=30, seed=0)))
+    longest = max(free, key=lambda completion: len(completion.token_ids))
+    stop = tokenizer.decode(longest.token_ids[4:6])
+    stopped = flat(
+        engine.generate(ask(prompts, n=2, max_new_tokens=30, seed=0, stop=(stop, "never")))
+    )
+    assert stopped != free
+    for before, after in zip(free, stopped, strict=True):
+        if stop in tokenizer.decode(before.token_ids):
+            tokens = before.token_ids
+            kept = next(n for n in range(len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
+            assert (after.token_ids, after.finish) == (before.token_ids[:kept], Finish.STOP)
+        else:
+            assert after.token_ids == before.token_ids
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda weights: weights[:-1], "did not arrive"),
+        (
+            lambda weights: [*weights, ("model.extra.weight", torch.zeros(2))],
+            r"model\.extra\.weight",
+        ),
+        (
+            lambda weights: [*weights[:4], (weights[4][0], torch.zeros(3, 3)), *weights[5:]],
+            r"\(3, 3\)",
+        ),
+    ],
+)
+def test_after_an_incomplete_update_it_refuses_until_a_complete_one(
+    spoil, named, built, engine, prompts, greedy
+):
+    _, make = built
+    requests = ask(prompts, temperature=0.0, max_new_tokens=8)
+    with pytest.raises(EngineError, match=named):
+        engine.load_weights(spoil(list(make(1).named_parameters())), version=9)
+    assert engine.policy_version == 0
+    with pytest.raises(EngineError, match="incomplete weights: the update to version 9"):
+        engine.generate(requests)
+    engine.load_weights(make(1).named_parameters(), version=10)
+    assert [c.token_ids for c in flat(engine.generate(requests))] == greedy(make(1), prompts, 8)
+
+
+def test_the_probe_proves_that_updates_arrive(built, engine):
+    _, make = built
+    model = make(0)
+    found = prove_updates_arrive(
+        engine, model.named_parameters, module_reference(model), [(5, 6, 7), (8, 9)]
+    )
+    assert all(difference < 1e-4 for difference in found.values())
+
+
+def test_the_probe_catches_a_weight_that_stays_behind(built, engine):
+    _, make = built
+    model = make(0)
+
+    class Forgetful:
+        policy_version = 0
+        generate = staticmethod(engine.generate)
+
+        @staticmethod
+        def load_weights(weights, version):
+            stale = dict(model.named_parameters())
+            name = "model.layers.1.self_attn.k_proj.weight"
+            engine.load_weights(((n, stale[n] if n == name else x) for n, x in weights), version)
+
+    with pytest.raises(EngineError, match="every weight changed"):
+        prove_updates_arrive(
+            Forgetful(), model.named_parameters, module_reference(model), [(5, 6, 7), (8, 9)]
+        )
+
+
+def test_a_request_longer_than_the_engine_allows_is_refused(engine):
+    with pytest.raises(EngineError, match=r"129 tokens .* limit is 128"):
+        engine.generate(ask([(2,) * 100], max_new_tokens=29))
+
+
+def test_sleep_and_wake_keep_the_weights(engine, prompts):
+    requests = ask(prompts, max_new_tokens=8, seed=0)
+    before = engine.generate(requests)
+    engine.sleep()
+    engine.sleep()
+    assert engine.generate(requests) == before
+
+
+def test_a_closed_engine_says_so(make_model, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    engine = VLLMEngine(str(tmp_path), tokenizer)
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.generate(ask([(2, 3)], max_new_tokens=2))
+    with pytest.raises(EngineError, match="closed"):
+        engine.load_weights([], version=1)
+
+
+def test_a_model_vllm_cannot_compute_is_refused_at_the_start(make_model, tokenizer, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("heads of 8 are refused by vLLM on CPU only")
+    make_model(hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match=r"rollout\.engine=hf"):
+        VLLMEngine(str(tmp_path), tokenizer)
