@@ -1,6 +1,6 @@
 """The actor: says how likely the responses are, and moves the policy along the advantages."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +80,17 @@ class Actor:
             truncated=batch.truncated,
             group=batch.group,
             sampler_logprobs=batch.sampler_logprobs,
-            old_logprobs=self._logprobs(batch, lambda rows: self._learner.look(lambda m: m(rows))[0]),
+            old_logprobs=self._logprobs(
+                batch, lambda rows: self._learner.look(lambda m: m(rows))[0]
+            ),
             ref_logprobs=self._logprobs(batch, self._reference_logprobs) if reference else None,
             length_limit=batch.length_limit,
             trajectories=batch.trajectories,
         )
 
-    def update(self, rollouts: Rollouts, credit: Credit, algorithm: Algorithm) -> dict[str, Measure]:
+    def update(
+        self, rollouts: Rollouts, credit: Credit, algorithm: Algorithm
+    ) -> dict[str, Measure]:
         """`epochs` passes of `minibatches` optimizer steps each.
 
         Raises:
@@ -99,7 +103,8 @@ class Actor:
                 part = rollouts.rows(index)
                 part_credit = credit.rows(index, part.response_ids.shape[1])
                 metrics = combine(
-                    metrics, self._step(part, part_credit, algorithm, on_policy=epoch == 0 and number == 0)
+                    metrics,
+                    self._step(part, part_credit, algorithm, on_policy=epoch == 0 and number == 0),
                 )
         return metrics
 
@@ -107,9 +112,9 @@ class Actor:
         """The policy's weights in checkpoint naming, adapters merged: what an engine loads."""
         return full_weights(self.model)
 
-    def logprobs_of(self, prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> Tensor:
-        """log π of one response's tokens [T], for checking an engine against the policy."""
-        ids = torch.tensor([prompt_ids + response_ids])
+    def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """log π of one response's tokens at temperature 1, for checking an engine against the policy."""
+        ids = torch.tensor([[*prompt_ids, *response_ids]])
         start, width = len(prompt_ids), len(response_ids)
         rows = PackedRows(
             input_ids=ids,
@@ -117,8 +122,8 @@ class Actor:
             response_ids=ids[:, start:],
             action_mask=torch.ones((1, width), dtype=torch.bool),
             lengths=torch.tensor([width]),
-        )
-        return self._learner.look(lambda m: m(rows.to(self._runtime.device)))[0][0].cpu()
+        ).to(self._runtime.device)
+        return self._learner.look(lambda m: m(rows, temperature=1.0))[0][0].tolist()
 
     def save(self, directory: Path) -> None:
         """Role `policy` of a checkpoint."""

@@ -3,12 +3,13 @@
 A mean of means is wrong whenever the parts differ in size, so a metric is carried as what adds up.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-Number = float | Tensor
+Number = int | float | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """The largest seen; combining takes the larger.
+    """The largest seen; combining takes the larger, and NaN over any number.
 
     >>> (Max(2.0) + Max(3.0)).value
     3.0
@@ -62,7 +63,9 @@ class Max:
     largest: Number
 
     def __add__(self, other: "Max") -> "Max":
-        return Max(max(float(self.largest), float(other.largest)))
+        mine, theirs = float(self.largest), float(other.largest)
+        # max(1.0, nan) is 1.0 and max(nan, 1.0) is nan: a NaN must not depend on the order of ranks.
+        return Max(mine if math.isnan(mine) or mine >= theirs else theirs)
 
     @property
     def value(self) -> float:

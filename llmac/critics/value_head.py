@@ -23,7 +23,7 @@ from llmac.runtime.learner import Learner, Optimization
 
 @dataclass(frozen=True, kw_only=True)
 class ValueHeadConfig:
-    """Settings of the value-head critic."""
+    """A language model with a scalar head that learns returns by (clipped) squared error."""
 
     lr: float = 1e-5
     """Learning rate of AdamW; ten times the policy's is usual (verl: 1e-5 against 1e-6)."""
@@ -65,9 +65,18 @@ class ValueHeadConfig:
         if not low < high:
             raise ValueError(f"reward_range must be (smallest, largest), found ({low}, {high})")
         if self.value_clip is not None and self.value_clip <= 0:
-            raise ValueError(f"value_clip must be positive or null (no clipping), found {self.value_clip}")
+            raise ValueError(
+                f"value_clip must be positive or null (no clipping), found {self.value_clip}"
+            )
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, found {self.epochs}")
+
+    def without_effect(self) -> dict[str, str]:
+        """Fields that do nothing as they are set, with the reason."""
+        if self.trunk == "own":
+            return {"detach_trunk": "a trunk of its own is always trained; set trunk: shared"}
+        reason = "a shared trunk is the policy's; set trunk: own"
+        return {"init": reason, "lora": reason}
 
     @property
     def clip(self) -> float | None:
@@ -79,7 +88,9 @@ class ValueHeadConfig:
         """The live critic: backbone, head, learner."""
         model, fresh_head = self._model(bench)
         if self.trunk == "own":
-            train_in_full_mode(model.backbone, gradient_checkpointing=bench.model.gradient_checkpointing)
+            train_in_full_mode(
+                model.backbone, gradient_checkpointing=bench.model.gradient_checkpointing
+            )
         model.to(bench.runtime.device)
         minibatches = self.minibatches or bench.minibatches
         learner = Learner(
@@ -114,7 +125,9 @@ class ValueHeadConfig:
     def _model(self, bench: CriticBench) -> tuple[ValueModel, bool]:
         """The value model, and whether its head was never trained."""
         if self.trunk == "shared":
-            return ValueModel(causal_lm(bench.policy.model).base_model, detach_trunk=self.detach_trunk), True
+            return ValueModel(
+                causal_lm(bench.policy.model).base_model, detach_trunk=self.detach_trunk
+            ), True
         if (Path(self.init) / HEAD_FILE).is_file():
             return ValueModel.from_pretrained(self.init, dtype=torch_dtype(bench.model)), False
         backbone = load_backbone(bench.model, None if self.init == "policy" else self.init)
@@ -206,7 +219,9 @@ class ValueHead:
 
     def _start_at(self, rollouts: Rollouts) -> None:
         outcomes = rollouts.rewards.sum(1)
-        mean = masked_mean(outcomes, torch.ones_like(outcomes, dtype=torch.bool), sum_across=self._runtime.sum)
+        mean = masked_mean(
+            outcomes, torch.ones_like(outcomes, dtype=torch.bool), sum_across=self._runtime.sum
+        )
         with torch.no_grad():
             self._model.head.bias.fill_(float(mean))
         self._fresh_head = False

@@ -1,11 +1,12 @@
 """Names to live tokenizers and models: Hub ids and local folders alike."""
 
 import logging
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,22 +22,33 @@ logger = logging.getLogger(__name__)
 class LoraSpec(Protocol):
     """What `model.lora` of a recipe says."""
 
-    r: int
-    alpha: int
-    target_modules: str | list[str]
+    @property
+    def r(self) -> int: ...
+    @property
+    def alpha(self) -> int: ...
+    @property
+    def target_modules(self) -> str | list[str]: ...
 
 
 class ModelSpec(Protocol):
     """What the `model` section of a recipe says."""
 
-    name: str
-    tokenizer: str | None
-    revision: str | None
-    dtype: str
-    trust_remote_code: bool
-    attention: str | None
-    gradient_checkpointing: bool
-    lora: LoraSpec | None
+    @property
+    def name(self) -> str: ...
+    @property
+    def tokenizer(self) -> str | None: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+    @property
+    def attention(self) -> str | None: ...
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+    @property
+    def lora(self) -> LoraSpec | None: ...
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -51,7 +63,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError) as reason:
-        raise ConfigError(f"model.tokenizer: no tokenizer could be loaded from {name!r}: {reason}") from reason
+        raise ConfigError(
+            f"model.tokenizer: no tokenizer could be loaded from {name!r}: {reason}"
+        ) from reason
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -76,7 +90,9 @@ def load_backbone(spec: ModelSpec, name: str | None = None) -> PreTrainedModel:
     return _load(AutoModel, spec, name)
 
 
-def add_lora(model: PreTrainedModel, lora: LoraSpec, *, task: str | None = "CAUSAL_LM") -> nn.Module:
+def add_lora(
+    model: PreTrainedModel, lora: LoraSpec, *, task: str | None = "CAUSAL_LM"
+) -> nn.Module:
     """Freeze `model` and put trainable low-rank adapters on it; initially they change nothing."""
     from peft import LoraConfig, get_peft_model
 
@@ -100,13 +116,27 @@ def train_in_full_mode(model: nn.Module, *, gradient_checkpointing: bool) -> Non
             module.p = 0.0
     if gradient_checkpointing:
         causal_lm: Any = model  # PreTrainedModel, or a peft model that passes these calls on
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal_lm.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
         causal_lm.enable_input_require_grads()
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens the model was made for, prompt and response together; None if its configuration does not say."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # absent in some
+def context_length(spec: ModelSpec) -> int | None:
+    """Tokens the model was made for, prompt and response together; None if its configuration does not say.
+
+    Raises:
+        ConfigError: there is no model configuration at that name.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as reason:
+        raise ConfigError(
+            f"model.name: no model configuration at {spec.name!r}: {reason}"
+        ) from reason
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)  # absent in some
     return int(length) if length else None
 
 
@@ -117,7 +147,9 @@ def torch_dtype(spec: ModelSpec) -> torch.dtype:
 
 def _load(auto: Any, spec: ModelSpec, name: str | None) -> PreTrainedModel:
     name = name or spec.name
-    options: dict[str, Any] = {} if spec.attention is None else {"attn_implementation": spec.attention}
+    options: dict[str, Any] = (
+        {} if spec.attention is None else {"attn_implementation": spec.attention}
+    )
     try:
         model = auto.from_pretrained(
             name,
@@ -127,7 +159,9 @@ def _load(auto: Any, spec: ModelSpec, name: str | None) -> PreTrainedModel:
             **options,
         )
     except OSError as reason:
-        raise ConfigError(f"model.name: no model could be loaded from {name!r}: {reason}") from reason
+        raise ConfigError(
+            f"model.name: no model could be loaded from {name!r}: {reason}"
+        ) from reason
     for field in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config, field, 0.0):  # each architecture has some of these
             setattr(model.config, field, 0.0)

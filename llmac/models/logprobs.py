@@ -24,7 +24,7 @@ def token_logprobs(
     chunk_mb: float = 256.0,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(project(h) / temperature)[target] and the entropy of that distribution, in float32.
+    """Log softmax(project(h) / temperature)[target] and the entropy of that distribution, in float32.
 
         log π(a|s) = z_a - log Σ_v exp z_v        H(s) = log Σ_v exp z_v - Σ_v π_v z_v        z = logits / temperature
 
@@ -52,11 +52,20 @@ def token_logprobs(
         return _chunk(hidden, targets, project, temperature, entropy_gradient)
     parts = [
         checkpoint(
-            _chunk, h, t, project, temperature, entropy_gradient, use_reentrant=False, preserve_rng_state=False
+            _chunk,
+            h,
+            t,
+            project,
+            temperature,
+            entropy_gradient,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(
+        [entropy for _, entropy in parts]
+    )
 
 
 def _chunk(

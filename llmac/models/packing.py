@@ -65,7 +65,11 @@ def pack(trajectories: Sequence[Trajectory], *, pad_id: int) -> PackedRows:
     steps = torch.minimum(torch.arange(width + 1)[None], lengths[:, None])
     states = torch.arange(rows)[:, None] * length + prompt_tokens[:, None] - 1 + steps
     return PackedRows(
-        input_ids=input_ids, states=states, response_ids=response_ids, action_mask=action_mask, lengths=lengths
+        input_ids=input_ids,
+        states=states,
+        response_ids=response_ids,
+        action_mask=action_mask,
+        lengths=lengths,
     )
 
 

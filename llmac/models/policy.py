@@ -36,7 +36,13 @@ class TokenPolicy(nn.Module):
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self.chunked = _projects_like_its_own_forward(self)
 
-    def forward(self, rows: PackedRows, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        rows: PackedRows,
+        *,
+        entropy_gradient: bool = False,
+        temperature: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """(log-probabilities [b, T], entropies [b, T]) of the tokens the policy sampled; 0 elsewhere."""
         mask = rows.action_mask
         states = rows.states[:, : mask.shape[1]][mask]
@@ -45,7 +51,7 @@ class TokenPolicy(nn.Module):
             rows.response_ids[mask],
             self._project if self.chunked else nn.Identity(),
             vocabulary=self.vocabulary,
-            temperature=self.temperature,
+            temperature=self.temperature if temperature is None else temperature,
             chunk_mb=self.chunk_mb,
             entropy_gradient=entropy_gradient,
         )
@@ -56,7 +62,9 @@ class TokenPolicy(nn.Module):
         """Last hidden vectors, flattened [b * L, H]; logits [b * L, V] for a model that cannot be split."""
         language_model = causal_lm(self.model)
         if self.chunked:
-            states = language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            states = language_model.base_model(
+                input_ids=input_ids, use_cache=False
+            ).last_hidden_state
         else:
             states = language_model(input_ids=input_ids, use_cache=False).logits
         return states.flatten(0, 1)
@@ -64,13 +72,17 @@ class TokenPolicy(nn.Module):
     def _project(self, hidden: Tensor) -> Tensor:
         language_model = causal_lm(self.model)
         logits = language_model.get_output_embeddings()(hidden)
-        cap = getattr(language_model.config, "final_logit_softcapping", None)  # Gemma's; absent elsewhere
+        cap = getattr(
+            language_model.config, "final_logit_softcapping", None
+        )  # Gemma's; absent elsewhere
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside an optional peft wrapper, adapters in place."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # only peft models have it
+    inner = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # only peft models have it
     assert isinstance(inner, PreTrainedModel)
     return inner
 
@@ -89,11 +101,18 @@ def _projects_like_its_own_forward(policy: TokenPolicy) -> bool:
         try:
             split = policy._project(policy._hidden(probe)).float()
         except (AttributeError, TypeError) as reason:
-            logger.info("%s has no separate backbone (%s); its logits are not chunked", type(language_model).__name__, reason)
+            logger.info(
+                "%s has no separate backbone (%s); its logits are not chunked",
+                type(language_model).__name__,
+                reason,
+            )
             return False
     if torch.allclose(own, split, rtol=1e-3, atol=1e-3 * float(own.abs().max().clamp(min=1.0))):
         return True
-    logger.info("%s changes its logits after the output layer; they are not chunked", type(language_model).__name__)
+    logger.info(
+        "%s changes its logits after the output layer; they are not chunked",
+        type(language_model).__name__,
+    )
     return False
 
 

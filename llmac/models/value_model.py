@@ -57,7 +57,10 @@ class ValueModel(nn.Module):
     def save_pretrained(self, directory: Path) -> None:
         """A folder that `ValueModel.from_pretrained` and, for the backbone, `AutoModel.from_pretrained` load."""
         self.backbone.save_pretrained(directory)
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()}, directory / HEAD_FILE)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()},
+            directory / HEAD_FILE,
+        )
         (directory / ABOUT_FILE).write_text(json.dumps({"head": "scalar"}))
 
     @classmethod
@@ -69,7 +72,9 @@ class ValueModel(nn.Module):
         """
         directory = Path(directory)
         if not (directory / HEAD_FILE).is_file():
-            raise CheckpointError(f"{directory} has no {HEAD_FILE}: it is not a value model saved by llmac")
+            raise CheckpointError(
+                f"{directory} has no {HEAD_FILE}: it is not a value model saved by llmac"
+            )
         model = cls(AutoModel.from_pretrained(directory, **loading))
         model.head.load_state_dict(load_file(directory / HEAD_FILE))
         return model

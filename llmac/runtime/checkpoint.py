@@ -9,7 +9,7 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy
 import torch
@@ -24,6 +24,7 @@ _MANIFEST = "manifest.json"
 _FORMAT = 1
 
 
+@runtime_checkable
 class Saveable(Protocol):
     """A role of a checkpoint: whatever must continue exactly where it stopped."""
 

@@ -152,7 +152,9 @@ class Learner:
         lr = self._optimization.lr * self._optimization.lr_factor(self.steps, self._total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = self._runtime.step(self.module, self._optimizer, max_norm=self._optimization.max_grad_norm)
+        norm = self._runtime.step(
+            self.module, self._optimizer, max_norm=self._optimization.max_grad_norm
+        )
         if not math.isfinite(float(norm)):
             raise ConsistencyError(
                 f"{self._name}: the gradient norm is {float(norm)} at optimizer step {self.steps}; "

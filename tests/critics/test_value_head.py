@@ -63,12 +63,24 @@ def critic(runtime, *, fresh=True, tokens=1000, **config):
     settings = ValueHeadConfig(**config)
     learner = Learner(model, Optimization(lr=3e-3), runtime, name="critic", total_steps=100)
     return ValueHead(
-        model, learner, runtime, settings, pad_id=0, minibatches=1, max_tokens_per_microbatch=tokens, fresh_head=fresh
+        model,
+        learner,
+        runtime,
+        settings,
+        pad_id=0,
+        minibatches=1,
+        max_tokens_per_microbatch=tokens,
+        fresh_head=fresh,
     )
 
 
 # The outcome is written in the first token: 3 wins, 4 loses.
-ROWS = [trajectory([3, 5, 6], 1.0), trajectory([4, 5], 0.0), trajectory([3, 7, 7, 7], 1.0), trajectory([4], 0.0)]
+ROWS = [
+    trajectory([3, 5, 6], 1.0),
+    trajectory([4, 5], 0.0),
+    trajectory([3, 7, 7, 7], 1.0),
+    trajectory([4], 0.0),
+]
 ROWS += [trajectory([4, 8, 9], 0.0)]
 
 
@@ -78,7 +90,9 @@ def test_explained_variance_is_zero_and_not_negative_before_anything_is_learned(
     # mean reward of the five responses
     assert values.at[rollouts.action_mask].tolist() == pytest.approx([0.4] * 13)
     returns = rollouts.rewards.sum(1, keepdim=True).expand_as(values.at)
-    assert float(explained_variance(values.at, returns, rollouts.action_mask)) == pytest.approx(0.0, abs=1e-6)
+    assert float(explained_variance(values.at, returns, rollouts.action_mask)) == pytest.approx(
+        0.0, abs=1e-6
+    )
 
 
 def test_values_are_given_only_where_asked_and_bootstrap_only_where_truncated(runtime):
@@ -103,10 +117,14 @@ def test_it_learns_that_the_first_token_decides(runtime):
     rollouts = rollouts_of(ROWS)
     starts = every_token(rollouts.action_mask)
     learner = critic(runtime, value_clip=None)
-    returns = rollouts.rewards.sum(1, keepdim=True).expand_as(rollouts.rewards) * rollouts.action_mask
+    returns = (
+        rollouts.rewards.sum(1, keepdim=True).expand_as(rollouts.rewards) * rollouts.action_mask
+    )
     for _ in range(60):
         values = learner.values(rollouts, starts)
-        targets = CriticTargets(returns=returns, value_mask=rollouts.action_mask, old_values=values.at)
+        targets = CriticTargets(
+            returns=returns, value_mask=rollouts.action_mask, old_values=values.at
+        )
         metrics = learner.update(rollouts, targets)
     values = learner.values(rollouts, starts).at
     # Before the first token nothing is known; after it everything is.
@@ -123,7 +141,9 @@ def test_the_clip_is_sized_to_the_reward_range(runtime, width, expected):
     assert config.clip == pytest.approx(0.2 * width)
     head = critic(runtime, value_clip=0.2, reward_range=(0.0, width))
     mask = torch.tensor([[True]])
-    targets = CriticTargets(returns=torch.tensor([[0.0]]), value_mask=mask, old_values=torch.tensor([[0.5 * width]]))
+    targets = CriticTargets(
+        returns=torch.tensor([[0.0]]), value_mask=mask, old_values=torch.tensor([[0.5 * width]])
+    )
     loss = head._loss(torch.tensor([[0.9 * width]]), targets)
     assert float(loss.total) == pytest.approx(expected * width**2)
     assert loss.metrics["critic/vf_clipfrac"].value == 1.0
@@ -151,14 +171,19 @@ def bench(runtime, policy):
 @pytest.mark.parametrize("detach", [True, False])
 def test_a_shared_trunk_moves_only_if_it_is_not_detached(runtime, detach):
     policy = TokenPolicy(AutoModelForCausalLM.from_config(CONFIG), temperature=1.0, chunk_mb=1.0)
-    shared = ValueHeadConfig(trunk="shared", detach_trunk=detach, lr=1e-2).build(bench(runtime, policy))
+    shared = ValueHeadConfig(trunk="shared", detach_trunk=detach, lr=1e-2).build(
+        bench(runtime, policy)
+    )
     assert shared._model.backbone is causal_lm(policy.model).base_model
     rollouts = rollouts_of(ROWS)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     for _ in range(2):  # the head's weights are 0 at first and let no gradient through
         values = shared.values(rollouts, every_token(rollouts.action_mask))
         shared.update(
-            rollouts, CriticTargets(returns=rollouts.rewards, value_mask=rollouts.action_mask, old_values=values.at)
+            rollouts,
+            CriticTargets(
+                returns=rollouts.rewards, value_mask=rollouts.action_mask, old_values=values.at
+            ),
         )
     moved = any(not torch.equal(p, before[name]) for name, p in policy.named_parameters())
     assert moved is not detach

@@ -8,7 +8,6 @@ from llmac.models.loading import add_lora, train_in_full_mode
 from llmac.models.packing import pack
 from llmac.models.policy import TokenPolicy
 
-
 ARCHITECTURES = ["qwen2", "llama", "gemma2", "granite", "gpt2"]
 
 
@@ -32,7 +31,9 @@ def recomputed(model, trajectories, temperature):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_of_ragged_rows_equal_the_models_own(make_model, ragged, architecture, temperature):
+def test_logprobs_of_ragged_rows_equal_the_models_own(
+    make_model, ragged, architecture, temperature
+):
     model = make_model(architecture)
     policy = TokenPolicy(model, temperature=temperature, chunk_mb=1e-4)
     with torch.no_grad():
@@ -44,7 +45,9 @@ def test_logprobs_of_ragged_rows_equal_the_models_own(make_model, ragged, archit
     assert entropy[0, 0] > 0
 
 
-@pytest.mark.parametrize(("architecture", "chunked"), [("qwen2", True), ("gemma2", True), ("granite", False)])
+@pytest.mark.parametrize(
+    ("architecture", "chunked"), [("qwen2", True), ("gemma2", True), ("granite", False)]
+)
 def test_a_model_that_scales_its_logits_is_found_out(make_model, architecture, chunked):
     assert TokenPolicy(make_model(architecture), temperature=1.0, chunk_mb=1.0).chunked is chunked
 
@@ -58,7 +61,9 @@ def test_padding_tokens_change_nothing(make_model, ragged):
 def test_an_adapter_starts_as_no_change_and_learns_alone(make_model, ragged):
     plain = TokenPolicy(make_model(), temperature=1.0, chunk_mb=1.0)
     before = plain(pack(ragged, pad_id=0))[0].detach()
-    policy = TokenPolicy(add_lora(plain.model, LoraConfig(r=2, alpha=4)), temperature=1.0, chunk_mb=1.0)
+    policy = TokenPolicy(
+        add_lora(plain.model, LoraConfig(r=2, alpha=4)), temperature=1.0, chunk_mb=1.0
+    )
     after, _ = policy(pack(ragged, pad_id=0))
     torch.testing.assert_close(after.detach(), before)
     after.sum().backward()
@@ -71,7 +76,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(make_model, ragged):
     def gradient(checkpointing):
         model = make_model()
         train_in_full_mode(model, gradient_checkpointing=checkpointing)
-        TokenPolicy(model, temperature=1.0, chunk_mb=1e-4)(pack(ragged, pad_id=0))[0].sum().backward()
+        TokenPolicy(model, temperature=1.0, chunk_mb=1e-4)(pack(ragged, pad_id=0))[
+            0
+        ].sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     torch.testing.assert_close(gradient(True), gradient(False))

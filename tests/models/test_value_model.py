@@ -63,5 +63,8 @@ def test_a_detached_trunk_learns_nothing_from_values(make_model, ragged):
     with torch.no_grad():
         model.head.weight.normal_()
     model(pack(ragged, pad_id=0)).sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        "head.weight",
+        "head.bias",
+    }
     assert all(p.grad is None for p in trunk.parameters())

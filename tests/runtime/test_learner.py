@@ -30,7 +30,11 @@ def squared_error(module, rows):
     x, y = rows
     error = (module(x).squeeze(-1) - y) ** 2
     weight = torch.tensor(float(len(x)))
-    return Loss(total=error.sum(), weight=weight, metrics={"actor/error": Mean(error.sum().detach(), weight)})
+    return Loss(
+        total=error.sum(),
+        weight=weight,
+        metrics={"actor/error": Mean(error.sum().detach(), weight)},
+    )
 
 
 X, Y = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([1.0, 0.0, -1.0])
@@ -44,8 +48,16 @@ def test_the_step_follows_the_gradient_of_the_mean(runtime):
     learner = linear(runtime)
     module = learner.module
     before = torch.cat([p.detach().flatten() for p in module.parameters()])
-    w, b = module.weight.detach().clone().requires_grad_(), module.bias.detach().clone().requires_grad_()
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad((((X @ w.T).squeeze(-1) + b - Y) ** 2).mean(), [w, b])])
+    w, b = (
+        module.weight.detach().clone().requires_grad_(),
+        module.bias.detach().clone().requires_grad_(),
+    )
+    gradient = torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad((((X @ w.T).squeeze(-1) + b - Y) ** 2).mean(), [w, b])
+        ]
+    )
     metrics = learner.update(parts(1, 2), squared_error, torch.tensor(3.0))
     after = torch.cat([p.detach().flatten() for p in module.parameters()])
     # AdamW's first step: m̂ = g, v̂ = g², so the parameter moves by lr · g / (|g| + eps), eps = 1
@@ -117,5 +129,7 @@ def test_schedules(schedule, expected):
 
 def test_weight_decay_spares_biases(runtime):
     learner = linear(runtime, weight_decay=0.5)
-    decays = {tuple(g["params"][0].shape): g["weight_decay"] for g in learner._optimizer.param_groups}
+    decays = {
+        tuple(g["params"][0].shape): g["weight_decay"] for g in learner._optimizer.param_groups
+    }
     assert decays == {(1, 2): 0.5, (1,): 0.0}

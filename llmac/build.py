@@ -1,0 +1,314 @@
+"""Composition root: a recipe becomes the live parts of a run. The only module that knows all the others."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llmac.actor import Actor, Reference
+from llmac.algorithms.base import Algorithm
+from llmac.completions import CompletionLog
+from llmac.config import Recipe, dump, fingerprint, plain
+from llmac.config.schema import DataConfig, RewardFunctionConfig
+from llmac.console import Console
+from llmac.core.protocols import RolloutEngine, SamplingParams
+from llmac.critics.bench import CriticBench
+from llmac.data.prompts import PromptStream, load_prompts
+from llmac.engines.probe import LOW_PRECISION_TOLERANCE, TOLERANCE
+from llmac.errors import ConfigError
+from llmac.loop import HeldOut, Parts
+from llmac.metrics import MetricLog
+from llmac.models.loading import (
+    add_lora,
+    context_length,
+    load_causal_lm,
+    load_tokenizer,
+    train_in_full_mode,
+)
+from llmac.models.policy import TokenPolicy
+from llmac.rewards.contracts import RewardSpec
+from llmac.rewards.loader import resolve
+from llmac.rewards.reward_model import RewardModel
+from llmac.rewards.scoring import Rewards
+from llmac.runtime.checkpoint import CheckpointStore, RandomState, Saveable
+from llmac.runtime.context import Runtime
+from llmac.runtime.learner import Learner, Optimization
+from llmac.runtime.phases import Phases
+
+logger = logging.getLogger(__name__)
+
+
+def build(
+    recipe: Recipe, runtime: Runtime, *, rows: Any = None, held_out_rows: Any = None
+) -> Parts:
+    """Everything a run needs, made in the order in which mistakes are cheapest to find.
+
+    Folder, tokenizer, data and rewards come before any model is loaded.
+
+    Args:
+        recipe: validated configuration.
+        runtime: the process group.
+        rows: training rows in memory (a `datasets.Dataset` or a list of dicts) instead of `data.name`.
+        held_out_rows: the same for `evaluation.data`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before training, one clear message.
+    """
+    output = Path(recipe.run.output)
+    share = _share(recipe, runtime)
+    checkpoints = CheckpointStore(
+        output / "checkpoints",
+        keep_last=recipe.run.keep_last,
+        runtime=runtime,
+        fingerprint=fingerprint(recipe),
+    )
+    tokenizer = load_tokenizer(recipe.model)
+    prompts = _prompts(recipe.data, recipe, tokenizer, rows)
+    rewards = _rewards(recipe, runtime, tokenizer)
+    rewards.check_columns(prompts[0].columns.keys())
+    held_out = _held_out(recipe, runtime, tokenizer, held_out_rows, rewards)
+    if runtime.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(dump(recipe))
+    runtime.start_trackers(recipe.run.trackers, recipe.run.project, plain(recipe))
+
+    algorithm: Algorithm = recipe.algorithm.settings
+    engine = _engine(recipe, tokenizer, runtime)
+    compute_dtype = torch.bfloat16 if recipe.model.compute_dtype else None
+    actor, policy = _actor(recipe, algorithm, runtime, tokenizer, engine.sleep, compute_dtype)
+    bench = CriticBench(
+        runtime=runtime,
+        model=recipe.model,
+        policy=policy,
+        engine=engine,
+        score=rewards,
+        pad_id=int(tokenizer.pad_token_id),
+        minibatches=recipe.actor.minibatches,
+        max_tokens_per_microbatch=recipe.actor.max_tokens_per_microbatch,
+        steps=recipe.run.steps,
+        compute_dtype=compute_dtype,
+        before_learning=engine.sleep,
+    )
+    critic = recipe.critic.settings.build(bench) if recipe.critic else None
+    stream = PromptStream(
+        prompts,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        shuffle=recipe.data.shuffle,
+        seed=recipe.run.seed,
+    )
+    roles: dict[str, Saveable] = {
+        "policy": actor,
+        "prompts": stream,
+        "random": RandomState(runtime),
+    }
+    if isinstance(critic, Saveable):
+        roles["critic"] = critic
+    return Parts(
+        algorithm=algorithm,
+        actor=actor,
+        critic=critic,
+        engine=engine,
+        plan=algorithm.plan(prompts_per_step=share, sampling=_sampling(recipe)),
+        prompts=stream,
+        score=rewards,
+        held_out=held_out,
+        runtime=runtime,
+        phases=Phases(runtime.rank, recipe.run.watchdog_seconds),
+        log=MetricLog(output, runtime, Console(recipe.run.steps) if runtime.is_main else None),
+        completions=CompletionLog(
+            output / "completions", every=recipe.run.log_completions_every, is_main=runtime.is_main
+        ),
+        checkpoints=checkpoints,
+        roles=roles,
+        probe_every=recipe.rollout.probe_every,
+        probe_prompt=prompts[0],
+        probe_tolerance=_probe_tolerance(recipe),
+        output=output,
+    )
+
+
+def _share(recipe: Recipe, runtime: Runtime) -> int:
+    prompts, ranks, parts = (
+        recipe.actor.prompts_per_step,
+        runtime.world_size,
+        recipe.actor.minibatches,
+    )
+    if prompts % (ranks * parts):
+        raise ConfigError(
+            f"actor.prompts_per_step is {prompts}, which {ranks} processes x {parts} minibatches do not divide; "
+            f"take a multiple of {ranks * parts}"
+        )
+    return prompts // ranks
+
+
+def _sampling(recipe: Recipe) -> SamplingParams:
+    rollout = recipe.rollout
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_new_tokens=rollout.max_new_tokens,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+    )
+
+
+def _prompts(
+    config: DataConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Any
+) -> list[Any]:
+    prompts, report = load_prompts(
+        config,
+        tokenizer,
+        model_max_tokens=context_length(recipe.model),
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        rows=rows,
+    )
+    for line in report.lines():
+        logger.info("%s", line)
+    return prompts
+
+
+def _rewards(recipe: Recipe, runtime: Runtime, tokenizer: PreTrainedTokenizerBase) -> Rewards:
+    def spec(entry: RewardFunctionConfig) -> RewardSpec:
+        if entry.model is not None:
+            function: Callable[..., Any] = RewardModel.from_pretrained(
+                entry.model, device=runtime.device
+            )
+        else:
+            function = resolve(entry.path) if isinstance(entry.path, str) else entry.path
+        return RewardSpec(
+            function=function, name=entry.name, weight=entry.weight, adapter=entry.adapter
+        )
+
+    return Rewards(
+        [spec(entry) for entry in recipe.reward.functions],
+        tokenizer,
+        on_error=recipe.reward.on_error,
+        zero_reward_warning_steps=recipe.reward.zero_warning_steps,
+    )
+
+
+def _held_out(
+    recipe: Recipe,
+    runtime: Runtime,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Any,
+    training_rewards: Rewards,
+) -> HeldOut | None:
+    wanted = recipe.evaluation
+    if wanted is None:
+        return None
+    prompts = _prompts(wanted.data, recipe, tokenizer, rows)
+    rewards = training_rewards.for_evaluation()
+    rewards.check_columns(prompts[0].columns.keys())
+    return HeldOut(
+        name="held_out",
+        prompts=prompts[runtime.rank :: runtime.world_size],
+        sampling=dataclasses.replace(
+            _sampling(recipe),
+            n=wanted.samples,
+            temperature=wanted.temperature,
+            max_new_tokens=wanted.max_new_tokens or recipe.rollout.max_new_tokens,
+        ),
+        score=rewards,
+        every=wanted.every,
+        at_start=wanted.at_start,
+    )
+
+
+def _actor(
+    recipe: Recipe,
+    algorithm: Algorithm,
+    runtime: Runtime,
+    tokenizer: PreTrainedTokenizerBase,
+    before_learning: Callable[[], None],
+    compute_dtype: torch.dtype | None,
+) -> tuple[Actor, TokenPolicy]:
+    spec, settings = recipe.model, recipe.actor
+
+    def as_policy(model: Any) -> TokenPolicy:
+        return TokenPolicy(
+            model.to(runtime.device),
+            temperature=recipe.rollout.temperature,
+            chunk_mb=spec.logprob_chunk_mb,
+        )
+
+    base = load_causal_lm(spec)
+    policy = as_policy(base if spec.lora is None else add_lora(base, spec.lora))
+    train_in_full_mode(policy.model, gradient_checkpointing=spec.gradient_checkpointing)
+    reference: Reference | None = None
+    if algorithm.uses_reference:
+        if spec.lora is not None and spec.reference is None:
+            reference = Reference(policy, policy.model.disable_adapter)
+        else:
+            frozen = load_causal_lm(spec, spec.reference).requires_grad_(False).eval()
+            reference = Reference(as_policy(frozen))
+    updates = (
+        (recipe.run.steps - recipe.run.critic_warmup_steps) * settings.epochs * settings.minibatches
+    )
+    learner = Learner(
+        policy,
+        Optimization(
+            lr=settings.lr,
+            schedule=settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            min_lr_ratio=settings.min_lr_ratio,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            eps=settings.eps,
+            max_grad_norm=settings.max_grad_norm,
+        ),
+        runtime,
+        name="actor",
+        total_steps=updates,
+        compute_dtype=compute_dtype,
+        before_learning=before_learning,
+    )
+    actor = Actor(
+        policy,
+        learner,
+        runtime,
+        reference=reference,
+        pad_id=int(tokenizer.pad_token_id),
+        epochs=settings.epochs,
+        minibatches=settings.minibatches,
+        max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
+        ratio_tolerance=recipe.run.ratio_tolerance,
+    )
+    return actor, policy
+
+
+def _probe_tolerance(recipe: Recipe) -> float:
+    """How far engine and trainer may be apart: rounding, in the lower precision of the two."""
+    dtypes = {recipe.model.dtype, recipe.model.compute_dtype, recipe.rollout.dtype}
+    return LOW_PRECISION_TOLERANCE if dtypes & {"bfloat16", "float16"} else TOLERANCE
+
+
+def _engine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> RolloutEngine:
+    spec, rollout = recipe.model, recipe.rollout
+    if rollout.engine == "hf":
+        from llmac.engines.hf_engine import HFEngine
+
+        model = load_causal_lm(spec).to(runtime.device).eval().requires_grad_(False)
+        return HFEngine(model, tokenizer)
+
+    from llmac.engines.vllm_engine import VLLMEngine
+
+    return VLLMEngine(
+        spec.name,
+        tokenizer,
+        dtype=(spec.compute_dtype or spec.dtype) if rollout.dtype == "auto" else rollout.dtype,
+        max_model_len=rollout.max_model_len,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        kv_cache_mb=rollout.kv_cache_mb,
+        enforce_eager=rollout.enforce_eager,
+        max_num_seqs=rollout.max_num_seqs,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        trust_remote_code=spec.trust_remote_code,
+        revision=spec.revision,
+    )

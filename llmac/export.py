@@ -1,0 +1,94 @@
+"""The end of a run: plain folders that transformers loads, a critic beside the policy, and the picture."""
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmac.config import Recipe
+from llmac.critics.value_head import ValueHead
+from llmac.curves import plot_learning_curve
+from llmac.errors import CheckpointError
+from llmac.loop import Parts
+from llmac.models.loading import load_tokenizer
+from llmac.runtime.weights import full_weights
+
+logger = logging.getLogger(__name__)
+
+
+def save_final(parts: Parts, recipe: Recipe) -> Path:
+    """Write `final/` (policy, adapters merged, and tokenizer), `final/adapter`, `final/critic` and the learning curve.
+
+    Returns:
+        The folder of the policy.
+
+    Raises:
+        CheckpointError: a file that was written holds no weights.
+    """
+    final = parts.output / "final"
+    if parts.runtime.is_main:
+        save_policy(parts.actor.model, final)
+        load_tokenizer(recipe.model).save_pretrained(final)
+        if isinstance(parts.critic, ValueHead):
+            parts.critic.save_pretrained(final / "critic")
+            _check_not_empty(final / "critic")
+        if recipe.run.push_to_hub:
+            _push(final, recipe.run.push_to_hub)
+        plot_learning_curve(
+            parts.output / "metrics.jsonl",
+            parts.output / "learning_curve.png",
+            title=f"{recipe.algorithm.name} on {Path(recipe.data.name).stem}",
+        )
+    parts.runtime.barrier()
+    return final
+
+
+def save_policy(model: nn.Module, directory: Path) -> None:
+    """A `save_pretrained` folder of the whole model, adapters merged in; adapters also by themselves in `adapter/`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(directory)
+    else:
+        merged = _empty_like(model.get_base_model())
+        merged.load_state_dict(dict(full_weights(model)), assign=True, strict=False)
+        merged.tie_weights()
+        merged.save_pretrained(directory)
+        model.save_pretrained(directory / "adapter")
+        _check_not_empty(directory / "adapter")
+    _check_not_empty(directory)
+
+
+def _empty_like(model: PreTrainedModel) -> PreTrainedModel:
+    """The same architecture without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+
+
+def _check_not_empty(directory: Path) -> None:
+    """Peers have saved adapters without a single weight for weeks; look before saying it is saved."""
+    files = sorted(directory.glob("*.safetensors"))
+    empty = [f"{file.name}: no tensors" for file in files if not _shapes(file)]
+    empty += [
+        f"{file.name}: {n}" for file in files for n, shape in _shapes(file).items() if 0 in shape
+    ]
+    if not files or empty:
+        raise CheckpointError(
+            f"{directory} was saved without weights: {empty or 'no safetensors file'}"
+        )
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+
+
+def _push(directory: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    api.upload_folder(repo_id=repository, folder_path=directory)
+    logger.info("pushed %s to %s", directory, repository)

@@ -1,0 +1,210 @@
+"""The training loop. One plain function; everything that varies between algorithms is in its parts.
+
+A user who needs another loop copies `train`: the one place where copying is encouraged.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from llmac.actor import Actor
+from llmac.algorithms.base import Algorithm
+from llmac.completions import CompletionLog
+from llmac.core.collate import collate
+from llmac.core.measures import Max, Mean, Metrics, Sum
+from llmac.core.protocols import Critic, RolloutEngine, RolloutPlan, SamplingParams
+from llmac.core.types import Prompt, Rollouts, Trajectory
+from llmac.data.prompts import PromptStream
+from llmac.engines.probe import check_engine_holds
+from llmac.errors import ConsistencyError
+from llmac.evaluate import evaluate
+from llmac.metrics import MetricLog
+from llmac.rewards.scoring import Rewards
+from llmac.runtime.checkpoint import CheckpointStore, Saveable
+from llmac.runtime.context import Runtime
+from llmac.runtime.phases import Phases
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """One evaluation set: this rank's share of it, and how to sample."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    sampling: SamplingParams
+    score: Rewards
+    every: int
+    at_start: bool
+
+
+class Run(Protocol):
+    """What the loop reads of a recipe's `run` section."""
+
+    steps: int
+    critic_warmup_steps: int
+    save_every: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything live that a run is made of. `build.build` makes one from a recipe."""
+
+    algorithm: Algorithm
+    actor: Actor
+    critic: Critic | None
+    engine: RolloutEngine
+    plan: RolloutPlan
+    prompts: PromptStream
+    score: Rewards
+    held_out: HeldOut | None
+    runtime: Runtime
+    phases: Phases
+    log: MetricLog
+    completions: CompletionLog
+    checkpoints: CheckpointStore
+    roles: Mapping[str, Saveable]
+    probe_every: int
+    probe_prompt: Prompt
+    probe_tolerance: float
+    output: Path
+
+
+def train(run: Run, parts: Parts) -> None:
+    """Improve the policy for `run.steps` steps, continuing where the newest checkpoint stopped.
+
+    Step k ends with the k-th update; step 0 is the untrained policy. Raises the errors of `llmac.errors`; every one
+    leaves the last complete checkpoint and all metrics so far in place.
+    """
+    algorithm, actor, critic, engine = parts.algorithm, parts.actor, parts.critic, parts.engine
+    log, phase, runtime = parts.log, parts.phases, parts.runtime
+
+    done = parts.checkpoints.restore_latest(parts.roles)  # 0 on a fresh run
+    log.rewind(done + 1)
+    synchronize(parts, version=done, probe=True)
+    if done == 0 and parts.held_out and parts.held_out.at_start:
+        look_at_held_out(parts)
+        log.add(parts.phases.drain())
+        log.flush(0)
+    if done >= run.steps:
+        logger.warning(
+            "all %d steps of this run are done; raise run.steps to train longer", run.steps
+        )
+
+    for step in range(done + 1, run.steps + 1):
+        # 1. Act: sample responses with the current policy and reward the finished ones.
+        with phase("gen"):
+            trajectories, counts = parts.plan.rollout(
+                engine,
+                parts.prompts,
+                parts.score,
+                seed=seed_of(run.seed, step, runtime.rank),
+                sum_across=runtime.sum,
+            )
+        check_versions(trajectories, engine.policy_version)
+
+        # 2. Look: pad, then log-probs of the trained policy (and of the reference, if the algorithm asks).
+        with phase("old_log_prob"):
+            batch = collate(trajectories, length_limit=parts.plan.length_limit)
+            rollouts = actor.annotate(batch, reference=algorithm.uses_reference)
+
+        # 3. Value: V(s) exactly where the algorithm wants it. No critic, no values.
+        with phase("values"):
+            values = critic.values(rollouts, algorithm.segments(rollouts)) if critic else None
+
+        # 4. Credit: who deserves what. Pure; with the loss, this *is* the algorithm.
+        with phase("adv"):
+            credit = algorithm.credit(rollouts, values, sum_across=runtime.sum)
+
+        # 5. Learn: the policy along its advantages, the critic towards its targets. In this order: a critic that
+        #    shares the policy's trunk moves the policy, and the first ratio of the step must be 1.
+        if step > run.critic_warmup_steps:
+            with phase("update_actor"):
+                log.add(actor.update(rollouts, credit, algorithm))
+        if critic and credit.critic_targets:
+            with phase("update_critic"):
+                log.add(critic.update(rollouts, credit.critic_targets))
+
+        # 6. Sync: the next step samples the new policy.
+        with phase("sync"):
+            synchronize(parts, version=step, probe=step % parts.probe_every == 0)
+
+        log.add(counts, credit.metrics, parts.score.metrics(), describe(rollouts))
+        parts.completions.log(step, rollouts, credit)
+        if parts.held_out and (step % parts.held_out.every == 0 or step == run.steps):
+            look_at_held_out(parts)
+        if step % run.save_every == 0 or step == run.steps:
+            with phase("save"):
+                parts.checkpoints.save(step, parts.roles)
+        log.add(phase.drain())
+        log.flush(step)
+
+
+def synchronize(parts: Parts, *, version: int, probe: bool) -> None:
+    """Give the engine the policy's weights, check that it says it has them, and now and then prove it."""
+    parts.engine.load_weights(parts.actor.weights(), version)
+    if parts.engine.policy_version != version:
+        raise ConsistencyError(
+            f"the engine reports weights of version {parts.engine.policy_version} after it was given version {version}"
+        )
+    if probe:
+        check_engine_holds(
+            parts.engine,
+            parts.actor.logprobs_of,
+            [parts.probe_prompt.token_ids],
+            tolerance=parts.probe_tolerance,
+            when=f"after the sync of version {version}",
+        )
+
+
+def look_at_held_out(parts: Parts) -> None:
+    """Evaluate on the held-out set and log what it says."""
+    held_out = parts.held_out
+    assert held_out is not None
+    with parts.phases("eval"):
+        parts.log.add(
+            evaluate(
+                parts.engine,
+                held_out.prompts,
+                held_out.score,
+                sampling=held_out.sampling,
+                name=held_out.name,
+                sum_across=parts.runtime.sum,
+            )
+        )
+
+
+def check_versions(trajectories: Sequence[Trajectory], version: int) -> None:
+    """Responses must come from the weights of the last sync."""
+    stale = [t for t in trajectories if t.policy_version != version]
+    if stale:
+        raise ConsistencyError(
+            f"{len(stale)} responses, the first to prompt {stale[0].prompt.id}, were sampled by weights of version "
+            f"{stale[0].policy_version}, not {version}: the engine was not updated"
+        )
+
+
+def describe(rollouts: Rollouts) -> Metrics:
+    """What is always worth knowing of a step's responses."""
+    lengths = rollouts.action_mask.sum(1)
+    return {
+        "response_length/mean": Mean(lengths.sum(), float(len(lengths))),
+        "response_length/max": Max(float(lengths.max()) if len(lengths) else 0.0),
+        "response_length/clip_ratio": Mean(rollouts.truncated.sum(), float(len(lengths))),
+        "rollout/tokens": Sum(lengths.sum()),
+    }
+
+
+def seed_of(*numbers: int) -> int:
+    """A 63-bit seed that depends on all the numbers and on nothing else.
+
+    >>> seed_of(0, 1, 0) == seed_of(0, 1, 0), seed_of(0, 1, 0) == seed_of(1, 0, 0)
+    (True, False)
+    """
+    digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
