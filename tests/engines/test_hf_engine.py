@@ -370,3 +370,23 @@ def test_the_model_saves_as_before(engine, make_model, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().keys()
         == make_model().state_dict().keys()
     )
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_attention_models_decode_in_step(kind, tied, make_model, tokenizer, caplog):
+    # A fault in our attention or cache fails the engine's own trial, and generate would hide it from the other tests.
+    with caplog.at_level("INFO", logger="llmac.engines.hf_engine"):
+        HFEngine(make_model(kind, tied=tied), tokenizer)
+    assert not caplog.records
+
+
+def test_a_model_that_falls_back_to_generate_is_named_once(make_model, tokenizer, caplog):
+    model = make_model(
+        use_sliding_window=True, sliding_window=4, max_window_layers=0, layer_types=None
+    )
+    with caplog.at_level("INFO", logger="llmac.engines.hf_engine"):
+        HFEngine(model, tokenizer)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Qwen2ForCausalLM needs a cache of its own kind: sampling with model.generate, which is slower"
+    ]
