@@ -311,15 +311,17 @@ def test_other_architectures_agree_with_generate(
             assert torch.tensor(completion.logprobs).double().allclose(expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}]
+)
 def test_a_repetition_penalty_of_the_checkpoint_does_not_act(
-    make_model, tokenizer, prompts, greedy
+    changes, make_model, tokenizer, prompts, greedy
 ):
-    model = make_model()
+    model = make_model(**changes)
     model.generation_config.repetition_penalty = 5.0
-    answers = flat(
-        HFEngine(model, tokenizer).generate(ask(prompts, temperature=0.0, max_new_tokens=12))
-    )
-    assert [c.token_ids for c in answers] == greedy(make_model(), prompts, 12)
+    engine = HFEngine(model, tokenizer)
+    answers = flat(engine.generate(ask(prompts, temperature=0.0, max_new_tokens=12)))
+    assert [c.token_ids for c in answers] == greedy(make_model(**changes), prompts, 12)
 
 
 @pytest.mark.parametrize(
