@@ -1,6 +1,6 @@
 """Training from Python: the same recipe as in a YAML file, with callables and rows passed directly."""
 
-import logging
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,6 @@ from llmac.config import Recipe, load_recipe, verify
 from llmac.export import save_final
 from llmac.loop import train as run_loop
 from llmac.runtime.context import Runtime
-
-logger = logging.getLogger(__name__)
 
 RewardArgument = str | Callable[..., Any]
 
@@ -90,18 +88,15 @@ def train(
 def run(recipe: Recipe, *, rows: Any = None, held_out_rows: Any = None) -> Result:
     """Build, train, save the final model, and let everything go again."""
     verify(recipe)
-    runtime = Runtime.create(seed=recipe.run.seed, output=Path(recipe.run.output))
-    try:
+    with contextlib.ExitStack() as cleanup:
+        runtime = Runtime.create(seed=recipe.run.seed, output=Path(recipe.run.output))
+        cleanup.callback(runtime.close)
         parts = build(recipe, runtime, rows=rows, held_out_rows=held_out_rows)
-        try:
-            run_loop(recipe.run, parts)
-            model = save_final(parts, recipe)
-            return Result(output=parts.output, model=model, metrics=parts.log.latest)
-        finally:
-            parts.engine.close()
-            parts.log.close()
-    finally:
-        runtime.close()
+        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engine.close):
+            cleanup.callback(close)
+        run_loop(recipe.run, parts)
+        model = save_final(parts, recipe)
+        return Result(output=parts.output, model=model, metrics=parts.log.latest)
 
 
 def _rows(dataset: Any) -> tuple[Any, str]:

@@ -14,7 +14,7 @@ from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
 from llmac.config import Recipe, dump, fingerprint, plain
 from llmac.config.schema import DataConfig, RewardFunctionConfig
-from llmac.console import Console
+from llmac.console import Console, show_log_records
 from llmac.core.protocols import RolloutEngine, SamplingParams
 from llmac.critics.bench import CriticBench
 from llmac.data.prompts import PromptStream, load_prompts
@@ -94,6 +94,9 @@ def build(
         before_learning=engine.sleep,
     )
     critic = recipe.critic.settings.build(bench) if recipe.critic else None
+    console = Console(recipe.run.steps) if runtime.is_main else None
+    if console is not None:
+        show_log_records(console)
     stream = PromptStream(
         prompts,
         rank=runtime.rank,
@@ -119,7 +122,7 @@ def build(
         held_out=held_out,
         runtime=runtime,
         phases=Phases(runtime.rank, recipe.run.watchdog_seconds),
-        log=MetricLog(output, runtime, Console(recipe.run.steps) if runtime.is_main else None),
+        log=MetricLog(output, runtime, console),
         completions=CompletionLog(
             output / "completions", every=recipe.run.log_completions_every, is_main=runtime.is_main
         ),

@@ -112,6 +112,21 @@ class ConsoleHandler(logging.Handler):
         self._console.line(self.format(record))
 
 
+def show_log_records(console: Console) -> None:
+    """Let log messages that go straight to the terminal go through the console, above its bar.
+
+    Handlers that write elsewhere (files, a test's capture) are left alone.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
+            through = ConsoleHandler(console)
+            through.setLevel(handler.level)
+            through.setFormatter(handler.formatter)
+            root.removeHandler(handler)
+            root.addHandler(through)
+
+
 def summary(values: Mapping[str, float]) -> dict[str, str]:
     """The numbers worth a glance, in words: what is shown of a step, without the time left.
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from llmac.actor import Actor
 from llmac.algorithms.base import Algorithm
@@ -19,7 +19,7 @@ from llmac.core.protocols import Critic, RolloutEngine, RolloutPlan, SamplingPar
 from llmac.core.types import Prompt, Rollouts, Trajectory
 from llmac.data.prompts import PromptStream
 from llmac.engines.probe import check_engine_holds
-from llmac.errors import ConsistencyError
+from llmac.errors import CheckpointError, ConsistencyError
 from llmac.evaluate import evaluate
 from llmac.metrics import MetricLog
 from llmac.rewards.scoring import Rewards
@@ -45,10 +45,16 @@ class HeldOut:
 class Run(Protocol):
     """What the loop reads of a recipe's `run` section."""
 
-    steps: int
-    critic_warmup_steps: int
-    save_every: int
-    seed: int
+    @property
+    def steps(self) -> int: ...
+    @property
+    def critic_warmup_steps(self) -> int: ...
+    @property
+    def save_every(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def resume(self) -> Literal["auto", "never", "must"]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +90,9 @@ def train(run: Run, parts: Parts) -> None:
     algorithm, actor, critic, engine = parts.algorithm, parts.actor, parts.critic, parts.engine
     log, phase, runtime = parts.log, parts.phases, parts.runtime
 
-    done = parts.checkpoints.restore_latest(parts.roles)  # 0 on a fresh run
+    done = resume(run, parts)
     log.rewind(done + 1)
+    parts.score.step = done
     synchronize(parts, version=done, probe=True)
     if done == 0 and parts.held_out and parts.held_out.at_start:
         look_at_held_out(parts)
@@ -143,6 +150,27 @@ def train(run: Run, parts: Parts) -> None:
                 parts.checkpoints.save(step, parts.roles)
         log.add(phase.drain())
         log.flush(step)
+
+
+def resume(run: Run, parts: Parts) -> int:
+    """Restore the newest checkpoint, if the recipe wants that; returns the steps done, 0 on a fresh run.
+
+    Raises:
+        CheckpointError: `run.resume` is `never` and there is a checkpoint, or `must` and there is none.
+    """
+    latest = parts.checkpoints.latest()
+    if run.resume == "never" and latest is not None:
+        raise CheckpointError(
+            f"run.resume is never, and {latest} exists; choose another run.output, or run.resume: auto to continue"
+        )
+    if run.resume == "must" and latest is None:
+        raise CheckpointError(
+            f"run.resume is must, and there is no complete checkpoint in {parts.output / 'checkpoints'}"
+        )
+    done = parts.checkpoints.restore_latest(parts.roles)
+    if latest is not None:
+        logger.info("continuing after step %d from %s", done, latest)
+    return done
 
 
 def synchronize(parts: Parts, *, version: int, probe: bool) -> None:
