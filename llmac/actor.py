@@ -12,6 +12,7 @@ from llmac.algorithms.base import Algorithm
 from llmac.core.measures import Measure, combine
 from llmac.core.types import Batch, Credit, Loss, Rollouts
 from llmac.errors import ConsistencyError
+from llmac.models.loading import LanguageModel
 from llmac.models.packing import PackedRows, micro_batches, pack
 from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
@@ -67,7 +68,7 @@ class Actor:
         self._ratio_tolerance = ratio_tolerance
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> LanguageModel:
         """The Hugging Face model in training, peft wrapper included."""
         return self._policy.model
 
@@ -113,7 +114,7 @@ class Actor:
         return full_weights(self.model)
 
     def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
-        """log π of one response's tokens at temperature 1, for checking an engine against the policy."""
+        """Log π of one response's tokens at temperature 1, for checking an engine against the policy."""
         ids = torch.tensor([[*prompt_ids, *response_ids]])
         start, width = len(prompt_ids), len(response_ids)
         rows = PackedRows(

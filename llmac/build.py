@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from llmac.actor import Actor, Reference
@@ -15,7 +16,7 @@ from llmac.completions import CompletionLog
 from llmac.config import Recipe, dump, fingerprint, plain
 from llmac.config.schema import DataConfig, RewardFunctionConfig
 from llmac.console import Console, show_log_records
-from llmac.core.protocols import RolloutEngine, SamplingParams
+from llmac.core.protocols import Critic, RolloutEngine, SamplingParams
 from llmac.critics.bench import CriticBench
 from llmac.data.prompts import PromptStream, load_prompts
 from llmac.engines.probe import LOW_PRECISION_TOLERANCE, TOLERANCE
@@ -23,10 +24,12 @@ from llmac.errors import ConfigError
 from llmac.loop import HeldOut, Parts
 from llmac.metrics import MetricLog
 from llmac.models.loading import (
+    LanguageModel,
     add_lora,
     context_length,
     load_causal_lm,
     load_tokenizer,
+    pad_token_id,
     train_in_full_mode,
 )
 from llmac.models.policy import TokenPolicy
@@ -67,6 +70,7 @@ def build(
         fingerprint=fingerprint(recipe),
     )
     tokenizer = load_tokenizer(recipe.model)
+    pad_id = pad_token_id(tokenizer)
     prompts = _prompts(recipe.data, recipe, tokenizer, rows)
     rewards = _rewards(recipe, runtime, tokenizer)
     rewards.check_columns(prompts[0].columns.keys())
@@ -79,21 +83,21 @@ def build(
     algorithm: Algorithm = recipe.algorithm.settings
     engine = _engine(recipe, tokenizer, runtime)
     compute_dtype = torch.bfloat16 if recipe.model.compute_dtype else None
-    actor, policy = _actor(recipe, algorithm, runtime, tokenizer, engine.sleep, compute_dtype)
+    actor, policy = _actor(recipe, algorithm, runtime, pad_id, engine.sleep, compute_dtype)
     bench = CriticBench(
         runtime=runtime,
         model=recipe.model,
         policy=policy,
         engine=engine,
         score=rewards,
-        pad_id=int(tokenizer.pad_token_id),
+        pad_id=pad_id,
         minibatches=recipe.actor.minibatches,
         max_tokens_per_microbatch=recipe.actor.max_tokens_per_microbatch,
         steps=recipe.run.steps,
         compute_dtype=compute_dtype,
         before_learning=engine.sleep,
     )
-    critic = recipe.critic.settings.build(bench) if recipe.critic else None
+    critic: Critic | None = recipe.critic.settings.build(bench) if recipe.critic else None
     console = Console(recipe.run.steps) if runtime.is_main else None
     if console is not None:
         show_log_records(console)
@@ -109,7 +113,7 @@ def build(
         "prompts": stream,
         "random": RandomState(runtime),
     }
-    if isinstance(critic, Saveable):
+    if isinstance(critic, Saveable):  # a critic that learns; the others have nothing to save
         roles["critic"] = critic
     return Parts(
         algorithm=algorithm,
@@ -177,19 +181,20 @@ def _prompts(
 
 
 def _rewards(recipe: Recipe, runtime: Runtime, tokenizer: PreTrainedTokenizerBase) -> Rewards:
-    def spec(entry: RewardFunctionConfig) -> RewardSpec:
-        if entry.model is not None:
-            function: Callable[..., Any] = RewardModel.from_pretrained(
-                entry.model, device=runtime.device
-            )
-        else:
-            function = resolve(entry.path) if isinstance(entry.path, str) else entry.path
-        return RewardSpec(
-            function=function, name=entry.name, weight=entry.weight, adapter=entry.adapter
-        )
+    def function_of(entry: RewardFunctionConfig) -> Callable[..., Any]:
+        if entry.path is None:
+            assert entry.model is not None, "the schema asks for one of the two"
+            return RewardModel.from_pretrained(entry.model, device=runtime.device)
+        return resolve(entry.path) if isinstance(entry.path, str) else entry.path
 
+    specs = [
+        RewardSpec(
+            function=function_of(entry), name=entry.name, weight=entry.weight, adapter=entry.adapter
+        )
+        for entry in recipe.reward.functions
+    ]
     return Rewards(
-        [spec(entry) for entry in recipe.reward.functions],
+        specs,
         tokenizer,
         on_error=recipe.reward.on_error,
         zero_reward_warning_steps=recipe.reward.zero_warning_steps,
@@ -228,29 +233,28 @@ def _actor(
     recipe: Recipe,
     algorithm: Algorithm,
     runtime: Runtime,
-    tokenizer: PreTrainedTokenizerBase,
+    pad_id: int,
     before_learning: Callable[[], None],
     compute_dtype: torch.dtype | None,
 ) -> tuple[Actor, TokenPolicy]:
     spec, settings = recipe.model, recipe.actor
 
-    def as_policy(model: Any) -> TokenPolicy:
-        return TokenPolicy(
-            model.to(runtime.device),
-            temperature=recipe.rollout.temperature,
-            chunk_mb=spec.logprob_chunk_mb,
+    def as_policy(model: LanguageModel) -> TokenPolicy:
+        policy = TokenPolicy(
+            model, temperature=recipe.rollout.temperature, chunk_mb=spec.logprob_chunk_mb
         )
+        return policy.to(runtime.device)
 
     base = load_causal_lm(spec)
-    policy = as_policy(base if spec.lora is None else add_lora(base, spec.lora))
-    train_in_full_mode(policy.model, gradient_checkpointing=spec.gradient_checkpointing)
+    model = base if spec.lora is None else add_lora(base, spec.lora)
+    train_in_full_mode(model, gradient_checkpointing=spec.gradient_checkpointing)
+    policy = as_policy(model)
     reference: Reference | None = None
-    if algorithm.uses_reference:
-        if spec.lora is not None and spec.reference is None:
-            reference = Reference(policy, policy.model.disable_adapter)
-        else:
-            frozen = load_causal_lm(spec, spec.reference).requires_grad_(False).eval()
-            reference = Reference(as_policy(frozen))
+    if algorithm.uses_reference and isinstance(model, PeftModel) and spec.reference is None:
+        reference = Reference(policy, model.disable_adapter)
+    elif algorithm.uses_reference:
+        frozen = load_causal_lm(spec, spec.reference).requires_grad_(False).eval()
+        reference = Reference(as_policy(frozen))
     updates = (
         (recipe.run.steps - recipe.run.critic_warmup_steps) * settings.epochs * settings.minibatches
     )
@@ -277,7 +281,7 @@ def _actor(
         learner,
         runtime,
         reference=reference,
-        pad_id=int(tokenizer.pad_token_id),
+        pad_id=pad_id,
         epochs=settings.epochs,
         minibatches=settings.minibatches,
         max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
@@ -297,7 +301,8 @@ def _engine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
     if rollout.engine == "hf":
         from llmac.engines.hf_engine import HFEngine
 
-        model = load_causal_lm(spec).to(runtime.device).eval().requires_grad_(False)
+        model = load_causal_lm(spec)
+        torch.nn.Module.to(model, runtime.device)
         return HFEngine(model, tokenizer)
 
     from llmac.engines.vllm_engine import VLLMEngine

@@ -119,7 +119,10 @@ def show_log_records(console: Console) -> None:
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
-        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (
+            sys.stdout,
+            sys.stderr,
+        ):
             through = ConsoleHandler(console)
             through.setLevel(handler.level)
             through.setFormatter(handler.formatter)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmac.config import Recipe
@@ -13,7 +12,8 @@ from llmac.critics.value_head import ValueHead
 from llmac.curves import plot_learning_curve
 from llmac.errors import CheckpointError
 from llmac.loop import Parts
-from llmac.models.loading import load_tokenizer
+from llmac.models.loading import LanguageModel, load_tokenizer
+from llmac.models.policy import causal_lm
 from llmac.runtime.weights import full_weights
 
 logger = logging.getLogger(__name__)
@@ -46,17 +46,17 @@ def save_final(parts: Parts, recipe: Recipe) -> Path:
     return final
 
 
-def save_policy(model: nn.Module, directory: Path) -> None:
+def save_policy(model: LanguageModel, directory: Path) -> None:
     """A `save_pretrained` folder of the whole model, adapters merged in; adapters also by themselves in `adapter/`."""
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(directory)
     else:
-        merged = _empty_like(model.get_base_model())
+        merged = _empty_like(causal_lm(model))
         merged.load_state_dict(dict(full_weights(model)), assign=True, strict=False)
         merged.tie_weights()
         merged.save_pretrained(directory)
-        model.save_pretrained(directory / "adapter")
+        model.save_pretrained(str(directory / "adapter"))
         _check_not_empty(directory / "adapter")
     _check_not_empty(directory)
 

@@ -105,7 +105,9 @@ class PromptSource(Protocol):
 class Scorer(Protocol):
     """Sets `reward`, `reward_parts` and `response_text` of finished trajectories."""
 
-    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]: ...
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """The same trajectories, in their order, rewarded."""
+        ...
 
 
 @runtime_checkable

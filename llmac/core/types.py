@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llmac.core.measures import Metrics
+from llmac.core.measures import Measure, Metrics
 
 AllSum = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks. Pure functions that need a global statistic take one; default: `identity`."""
@@ -19,8 +18,9 @@ AllSum = Callable[[Tensor], Tensor]
 def identity(x: Tensor) -> Tensor:
     """The `AllSum` of a single process.
 
-    >>> identity(torch.tensor(3.0))
-    tensor(3.)
+    >>> from torch import ones
+    >>> identity(ones(2))
+    tensor([1., 1.])
     """
     return x
 
@@ -47,7 +47,7 @@ class Prompt:
     """What the engine continues."""
     source: str | Messages
     """What reward functions see as the prompt: a string, or chat messages if the dataset had messages."""
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """All other dataset columns of the row, handed to reward functions by name."""
 
 
@@ -67,7 +67,7 @@ class Trajectory:
     """Siblings answer the same prompt; a group never leaves its rank."""
     reward: float | None = None
     """Outcome reward; None until scored."""
-    reward_parts: Mapping[str, float | None] = field(default_factory=dict)
+    reward_parts: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
     """What each reward function said, before weights; None = does not apply."""
     response_text: str = ""
     """Decoded once, when scored."""
@@ -158,7 +158,7 @@ class Credit:
     """Detached sampler-vs-trainer weights on the policy term; None = 1 everywhere."""
     critic_targets: CriticTargets | None = None
     """None: the critic learns nothing from this step."""
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict[str, Measure])
 
     def rows(self, index: Int[Tensor, "R"], width: int) -> "Credit":
         """The given rows, cut to `width` tokens; critic targets go with them."""
@@ -175,7 +175,7 @@ class Loss:
 
     total: Float[Tensor, ""]
     weight: Float[Tensor, ""]
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict[str, Measure])
 
 
 Rows = TypeVar("Rows")

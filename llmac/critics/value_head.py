@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmac.core.losses import value_clipped, value_mse
 from llmac.core.masking import aggregate, aggregation_weight, masked_mean
@@ -125,16 +126,15 @@ class ValueHeadConfig:
     def _model(self, bench: CriticBench) -> tuple[ValueModel, bool]:
         """The value model, and whether its head was never trained."""
         if self.trunk == "shared":
-            return ValueModel(
-                causal_lm(bench.policy.model).base_model, detach_trunk=self.detach_trunk
-            ), True
+            trunk = cast(PreTrainedModel, causal_lm(bench.policy.model).base_model)
+            return ValueModel(trunk, detach_trunk=self.detach_trunk), True
         if (Path(self.init) / HEAD_FILE).is_file():
             return ValueModel.from_pretrained(self.init, dtype=torch_dtype(bench.model)), False
         backbone = load_backbone(bench.model, None if self.init == "policy" else self.init)
-        if self.lora:
-            assert bench.model.lora is not None, "checked with the recipe"
-            backbone = add_lora(backbone, bench.model.lora, task="FEATURE_EXTRACTION")
-        return ValueModel(backbone), True
+        if not self.lora:
+            return ValueModel(backbone), True
+        assert bench.model.lora is not None, "checked with the recipe"
+        return ValueModel(add_lora(backbone, bench.model.lora, task="FEATURE_EXTRACTION")), True
 
 
 class ValueHead:

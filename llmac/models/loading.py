@@ -1,9 +1,10 @@
 """Names to live tokenizers and models: Hub ids and local folders alike."""
 
 import logging
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,6 +18,9 @@ from transformers import (
 from llmac.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+LanguageModel = PreTrainedModel | PeftModel
+"""A model as transformers gives it, or with peft adapters in place."""
 
 
 class LoraSpec(Protocol):
@@ -76,6 +80,11 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id rows are padded with; `load_tokenizer` saw to it that there is one."""
+    return cast(int, tokenizer.pad_token_id)
+
+
 def load_causal_lm(spec: ModelSpec, name: str | None = None) -> PreTrainedModel:
     """The causal language model of a recipe, without adapters, dropout off.
 
@@ -90,13 +99,9 @@ def load_backbone(spec: ModelSpec, name: str | None = None) -> PreTrainedModel:
     return _load(AutoModel, spec, name)
 
 
-def add_lora(
-    model: PreTrainedModel, lora: LoraSpec, *, task: str | None = "CAUSAL_LM"
-) -> nn.Module:
+def add_lora(model: PreTrainedModel, lora: LoraSpec, *, task: str = "CAUSAL_LM") -> PeftModel:
     """Freeze `model` and put trainable low-rank adapters on it; initially they change nothing."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(
+    adapted = get_peft_model(
         model,
         LoraConfig(
             r=lora.r,
@@ -106,6 +111,8 @@ def add_lora(
             task_type=task,
         ),
     )
+    assert isinstance(adapted, PeftModel)
+    return adapted
 
 
 def train_in_full_mode(model: nn.Module, *, gradient_checkpointing: bool) -> None:

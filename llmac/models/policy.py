@@ -3,11 +3,15 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmac.errors import ConfigError
+from llmac.models.loading import LanguageModel
 from llmac.models.logprobs import token_logprobs
 from llmac.models.packing import PackedRows
 
@@ -21,7 +25,7 @@ class TokenPolicy(nn.Module):
     under a wrapper's names.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, chunk_mb: float) -> None:
+    def __init__(self, model: LanguageModel, *, temperature: float, chunk_mb: float) -> None:
         """Wrap `model`.
 
         Args:
@@ -33,7 +37,7 @@ class TokenPolicy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.chunk_mb = chunk_mb
-        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        self.vocabulary = int(_output_layer(causal_lm(model)).weight.shape[0])
         self.chunked = _projects_like_its_own_forward(self)
 
     def forward(
@@ -71,7 +75,7 @@ class TokenPolicy(nn.Module):
 
     def _project(self, hidden: Tensor) -> Tensor:
         language_model = causal_lm(self.model)
-        logits = language_model.get_output_embeddings()(hidden)
+        logits = _output_layer(language_model)(hidden)
         cap = getattr(
             language_model.config, "final_logit_softcapping", None
         )  # Gemma's; absent elsewhere
@@ -80,11 +84,19 @@ class TokenPolicy(nn.Module):
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside an optional peft wrapper, adapters in place."""
-    inner = (
-        model.get_base_model() if hasattr(model, "get_base_model") else model
-    )  # only peft models have it
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def _output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns hidden vectors into logits."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no output layer; model.name must be a causal language model"
+        )
+    return cast(nn.Linear, layer)
 
 
 @torch.no_grad()
@@ -92,9 +104,7 @@ def _projects_like_its_own_forward(policy: TokenPolicy) -> bool:
     """Whether backbone + output layer give the model's own logits; some architectures scale or cap in between."""
     language_model = causal_lm(policy.model)
     policy.chunked = True
-    device = language_model.get_input_embeddings().weight.device
-    if device.type == "meta":
-        return True
+    device = language_model.device
     probe = torch.arange(4, device=device)[None] % policy.vocabulary
     with _evaluating(language_model):
         own = language_model(input_ids=probe, use_cache=False).logits.flatten(0, 1).float()

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 
 from llmac.errors import CheckpointError
+from llmac.models.loading import LanguageModel
 from llmac.models.packing import PackedRows
 
 HEAD_FILE = "value_head.safetensors"
@@ -22,7 +23,7 @@ class ValueModel(nn.Module):
     explained variance of the untrained critic is 0, not negative.
     """
 
-    def __init__(self, backbone: PreTrainedModel, *, detach_trunk: bool = False) -> None:
+    def __init__(self, backbone: LanguageModel, *, detach_trunk: bool = False) -> None:
         """Put a fresh head on `backbone`.
 
         Args:
@@ -42,7 +43,7 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     @property
-    def backbone(self) -> PreTrainedModel:
+    def backbone(self) -> LanguageModel:
         """The trunk, owned or borrowed."""
         return self._borrowed[0] if self.detach_trunk else self._trunk
 
@@ -56,7 +57,7 @@ class ValueModel(nn.Module):
 
     def save_pretrained(self, directory: Path) -> None:
         """A folder that `ValueModel.from_pretrained` and, for the backbone, `AutoModel.from_pretrained` load."""
-        self.backbone.save_pretrained(directory)
+        self.backbone.save_pretrained(str(directory))
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()},
             directory / HEAD_FILE,

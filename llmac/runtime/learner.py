@@ -16,6 +16,7 @@ from llmac.errors import ConsistencyError
 from llmac.runtime.context import Runtime
 
 Rows = TypeVar("Rows")
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +103,7 @@ class Learner:
         self.module, self._optimizer = runtime.prepare(module, optimizer)
 
     @torch.no_grad()
-    def look(
-        self, forward: Callable[[nn.Module], Tensor | tuple[Tensor, ...]]
-    ) -> Tensor | tuple[Tensor, ...]:
+    def look(self, forward: Callable[[nn.Module], Seen]) -> Seen:
         """Run `forward` on the module without gradients, in the precision of training."""
         self._before_learning()
         with self._runtime.autocast(self._compute_dtype):
