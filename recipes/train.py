@@ -17,8 +17,11 @@ def main(arguments: list[str]) -> int:
         from llmac.config import load_recipe
 
         recipe = load_recipe(arguments[0], arguments[1:])
+        from transformers.utils import logging as transformers_logging
+
         from llmac.api import run
 
+        transformers_logging.disable_progress_bar()  # it would tear the bar of the run
         run(recipe)
     except LlmacError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
