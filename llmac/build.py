@@ -17,15 +17,17 @@ from llmac.config import Recipe, dump, fingerprint, plain
 from llmac.config.schema import DataConfig, RewardFunctionConfig
 from llmac.console import Console, show_log_records
 from llmac.core.protocols import Critic, RolloutEngine, SamplingParams
+from llmac.core.types import Prompt
 from llmac.critics.bench import CriticBench
 from llmac.data.prompts import PromptStream, load_prompts
-from llmac.engines.probe import LOW_PRECISION_TOLERANCE, TOLERANCE
+from llmac.engines.probe import LOW_PRECISION_TOLERANCE, PROBE_TOKENS, TOLERANCE
 from llmac.errors import ConfigError
-from llmac.loop import HeldOut, Parts
-from llmac.metrics import MetricLog
+from llmac.loop import HeldOut, Parts, check_resume
+from llmac.metrics import METRICS_FILE, MetricLog, read_metrics
 from llmac.models.loading import (
     LanguageModel,
     add_lora,
+    check_vocabulary,
     context_length,
     load_causal_lm,
     load_tokenizer,
@@ -68,10 +70,12 @@ def build(
         keep_last=recipe.run.keep_last,
         runtime=runtime,
         fingerprint=fingerprint(recipe),
+        is_in_use=_has_trained(output),
     )
+    check_resume(recipe.run, checkpoints)
     tokenizer = load_tokenizer(recipe.model)
     pad_id = pad_token_id(tokenizer)
-    prompts = _prompts(recipe.data, recipe, tokenizer, rows)
+    prompts = _prompts(recipe.data, recipe, tokenizer, rows, recipe.rollout.max_new_tokens)
     rewards = _rewards(recipe, runtime, tokenizer)
     rewards.check_columns(prompts[0].columns.keys())
     held_out = _held_out(recipe, runtime, tokenizer, held_out_rows, rewards)
@@ -133,7 +137,7 @@ def build(
         checkpoints=checkpoints,
         roles=roles,
         probe_every=recipe.rollout.probe_every,
-        probe_prompt=prompts[0],
+        probe_prompt=_probe_prompt(recipe, prompts),
         probe_tolerance=_probe_tolerance(recipe),
         output=output,
     )
@@ -165,19 +169,43 @@ def _sampling(recipe: Recipe) -> SamplingParams:
     )
 
 
+def _has_trained(output: Path) -> bool:
+    """Whether a run has done a step there, also one that was killed before its first checkpoint."""
+    record = output / METRICS_FILE
+    return record.is_file() and any(line["step"] > 0 for line in read_metrics(record))
+
+
 def _prompts(
-    config: DataConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Any
-) -> list[Any]:
+    config: DataConfig,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Any,
+    max_new_tokens: int,
+) -> list[Prompt]:
     prompts, report = load_prompts(
         config,
         tokenizer,
-        model_max_tokens=context_length(recipe.model),
-        max_new_tokens=recipe.rollout.max_new_tokens,
+        model_max_tokens=_context(recipe),
+        max_new_tokens=max_new_tokens,
         rows=rows,
     )
+    check_vocabulary(recipe.model, max(max(prompt.token_ids) for prompt in prompts))
     for line in report.lines():
         logger.info("%s", line)
     return prompts
+
+
+def _context(recipe: Recipe) -> int | None:
+    """Tokens of prompt and response together that policy and engine can take; None: no limit is known."""
+    limits = (context_length(recipe.model), recipe.rollout.max_model_len)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _probe_prompt(recipe: Recipe, prompts: list[Prompt]) -> tuple[int, ...]:
+    """A short prompt, cut where it would leave no room for the probe's response."""
+    shortest = min(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids
+    context = _context(recipe)
+    return shortest if context is None else shortest[: max(1, context - PROBE_TOKENS)]
 
 
 def _rewards(recipe: Recipe, runtime: Runtime, tokenizer: PreTrainedTokenizerBase) -> Rewards:
@@ -211,7 +239,8 @@ def _held_out(
     wanted = recipe.evaluation
     if wanted is None:
         return None
-    prompts = _prompts(wanted.data, recipe, tokenizer, rows)
+    max_new_tokens = wanted.max_new_tokens or recipe.rollout.max_new_tokens
+    prompts = _prompts(wanted.data, recipe, tokenizer, rows, max_new_tokens)
     rewards = training_rewards.for_evaluation()
     rewards.check_columns(prompts[0].columns.keys())
     return HeldOut(
@@ -221,7 +250,7 @@ def _held_out(
             _sampling(recipe),
             n=wanted.samples,
             temperature=wanted.temperature,
-            max_new_tokens=wanted.max_new_tokens or recipe.rollout.max_new_tokens,
+            max_new_tokens=max_new_tokens,
         ),
         score=rewards,
         every=wanted.every,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from transformers import PreTrainedModel
+
 from llmac.actor import Actor
 from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
@@ -18,7 +20,13 @@ from llmac.core.measures import Max, Mean, Metrics, Sum
 from llmac.core.protocols import Critic, RolloutEngine, RolloutPlan, SamplingParams
 from llmac.core.types import Prompt, Rollouts, Trajectory
 from llmac.data.prompts import PromptStream
-from llmac.engines.probe import check_engine_holds
+from llmac.engines.probe import (
+    LOW_PRECISION_TOLERANCE,
+    TOLERANCE,
+    check_engine_holds,
+    module_reference,
+    prove_updates_arrive,
+)
 from llmac.errors import CheckpointError, ConsistencyError
 from llmac.evaluate import evaluate
 from llmac.metrics import MetricLog
@@ -76,7 +84,8 @@ class Parts:
     checkpoints: CheckpointStore
     roles: Mapping[str, Saveable]
     probe_every: int
-    probe_prompt: Prompt
+    probe_prompt: tuple[int, ...]
+    """Token ids that leave room for the probe's response."""
     probe_tolerance: float
     output: Path
 
@@ -90,9 +99,10 @@ def train(run: Run, parts: Parts) -> None:
     algorithm, actor, critic, engine = parts.algorithm, parts.actor, parts.critic, parts.engine
     log, phase, runtime = parts.log, parts.phases, parts.runtime
 
-    done = resume(run, parts)
+    done = resume(parts)
     log.rewind(done + 1)
     parts.score.step = done
+    prove_sync(parts)
     synchronize(parts, version=done, probe=True)
     if done == 0 and parts.held_out and parts.held_out.at_start:
         look_at_held_out(parts)
@@ -152,21 +162,27 @@ def train(run: Run, parts: Parts) -> None:
         log.flush(step)
 
 
-def resume(run: Run, parts: Parts) -> int:
-    """Restore the newest checkpoint, if the recipe wants that; returns the steps done, 0 on a fresh run.
+def check_resume(run: Run, checkpoints: CheckpointStore) -> None:
+    """Refuse to continue, or to start over, where the recipe does not want that; nothing is written.
 
     Raises:
         CheckpointError: `run.resume` is `never` and there is a checkpoint, or `must` and there is none.
     """
-    latest = parts.checkpoints.latest()
+    latest = checkpoints.latest()
     if run.resume == "never" and latest is not None:
         raise CheckpointError(
             f"run.resume is never, and {latest} exists; choose another run.output, or run.resume: auto to continue"
         )
     if run.resume == "must" and latest is None:
         raise CheckpointError(
-            f"run.resume is must, and there is no complete checkpoint in {parts.output / 'checkpoints'}"
+            "run.resume is must, and there is no complete checkpoint in run.output; check its name, or set "
+            "run.resume: auto to start from the beginning"
         )
+
+
+def resume(parts: Parts) -> int:
+    """Restore the newest checkpoint; returns the steps done, 0 on a fresh run."""
+    latest = parts.checkpoints.latest()
     done = parts.checkpoints.restore_latest(parts.roles)
     if latest is not None:
         logger.info("continuing after step %d from %s", done, latest)
@@ -184,10 +200,27 @@ def synchronize(parts: Parts, *, version: int, probe: bool) -> None:
         check_engine_holds(
             parts.engine,
             parts.actor.logprobs_of,
-            [parts.probe_prompt.token_ids],
+            [parts.probe_prompt],
             tolerance=parts.probe_tolerance,
             when=f"after the sync of version {version}",
         )
+
+
+def prove_sync(parts: Parts) -> None:
+    """Before the first step, prove that a change of any weight reaches the engine, and leave the true ones there."""
+    model = parts.actor.model
+    if not isinstance(model, PreTrainedModel):
+        logger.info("start-up probe: only the first sync is checked, as the policy has adapters")
+        return
+    low_precision = parts.probe_tolerance > TOLERANCE
+    prove_updates_arrive(
+        parts.engine,
+        parts.actor.weights,
+        module_reference(model),
+        [parts.probe_prompt],
+        # Noise in every layer also makes the rounding of low precision larger; a lost update is larger still.
+        tolerance=5 * LOW_PRECISION_TOLERANCE if low_precision else parts.probe_tolerance,
+    )
 
 
 def look_at_held_out(parts: Parts) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -70,6 +71,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"model.tokenizer: no tokenizer could be loaded from {name!r}: {reason}"
         ) from reason
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        # transformers makes one up, without a vocabulary, where the files are missing.
+        raise ConfigError(
+            f"model.tokenizer: there are no tokenizer files at {name!r}; set model.tokenizer to a folder or Hub id "
+            "that has them"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -135,16 +142,26 @@ def context_length(spec: ModelSpec) -> int | None:
     Raises:
         ConfigError: there is no model configuration at that name.
     """
-    try:
-        config = AutoConfig.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError) as reason:
-        raise ConfigError(
-            f"model.name: no model configuration at {spec.name!r}: {reason}"
-        ) from reason
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)  # absent in some
+    length = getattr(_text_config(spec), "max_position_embeddings", None)  # absent in some
     return int(length) if length else None
+
+
+def check_vocabulary(spec: ModelSpec, token_id: int) -> None:
+    """Refuse a tokenizer whose tokens the model has no embedding for.
+
+    Args:
+        spec: the model.
+        token_id: the largest id that prompts have.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller.
+    """
+    size = getattr(_text_config(spec), "vocab_size", None)  # absent in some
+    if size is not None and token_id >= size:
+        raise ConfigError(
+            f"the prompts have token {token_id}, and the model has {size} tokens: the tokenizer of "
+            f"{spec.tokenizer or spec.name} is not the one {spec.name} was trained with; set model.tokenizer"
+        )
 
 
 def torch_dtype(spec: ModelSpec) -> torch.dtype:
@@ -158,19 +175,46 @@ def _load(auto: Any, spec: ModelSpec, name: str | None) -> PreTrainedModel:
         {} if spec.attention is None else {"attn_implementation": spec.attention}
     )
     try:
-        model = auto.from_pretrained(
+        model, found = auto.from_pretrained(
             name,
             dtype=torch_dtype(spec),
             revision=spec.revision if name == spec.name else None,
             trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
             **options,
         )
-    except OSError as reason:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as reason:
         raise ConfigError(
-            f"model.name: no model could be loaded from {name!r}: {reason}"
+            f"model.name: no model could be loaded from {name!r}: {_short(reason)}"
         ) from reason
+    missing = sorted(found["missing_keys"])
+    if missing:
+        # transformers would go on with random weights in their place.
+        raise ConfigError(
+            f"model.name: the checkpoint {name!r} lacks {len(missing)} of the weights of a {type(model).__name__}: "
+            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Is it complete, and of this kind of model?"
+        )
     for field in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config, field, 0.0):  # each architecture has some of these
             setattr(model.config, field, 0.0)
             logger.info("%s: %s is off during reinforcement learning", name, field)
     return model
+
+
+def _text_config(spec: ModelSpec) -> Any:
+    """The language part of a model's configuration; which fields it has, depends on the architecture."""
+    try:
+        config = AutoConfig.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as reason:
+        raise ConfigError(
+            f"model.name: no model configuration at {spec.name!r}: {_short(reason)}"
+        ) from reason
+    return config.get_text_config()
+
+
+def _short(reason: Exception) -> str:
+    """What transformers says, without its lists of all architectures."""
+    text = str(reason)
+    return text if len(text) <= 500 else text[:500] + " ..."

@@ -55,7 +55,13 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, directory: Path | str, *, keep_last: int, runtime: Runtime, fingerprint: str
+        self,
+        directory: Path | str,
+        *,
+        keep_last: int,
+        runtime: Runtime,
+        fingerprint: str,
+        is_in_use: bool = False,
     ) -> None:
         """Claim the directory for this run.
 
@@ -64,6 +70,8 @@ class CheckpointStore:
             keep_last: how many of the newest checkpoints stay.
             runtime: the ranks that save together.
             fingerprint: of the configuration; checkpoints of another one are not touched.
+            is_in_use: the run that claimed the directory has left something worth keeping beside it, even if
+                there is no checkpoint.
 
         Raises:
             CheckpointError: the directory cannot be written, holds something that is not ours, or
@@ -76,6 +84,7 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._runtime = runtime
         self._fingerprint = fingerprint
+        self._is_in_use = is_in_use
         self._damaged: set[Path] = set()
         with self._together(f"cannot use {self._directory} for checkpoints"):
             if runtime.is_main:
@@ -161,9 +170,9 @@ class CheckpointStore:
         owner = self._directory / _OWNER
         if owner.exists():
             found = _read_json(owner).get("fingerprint")
-            if found != self._fingerprint and _steps_in(self._directory):
+            if found != self._fingerprint and (self._is_in_use or _steps_in(self._directory)):
                 raise CheckpointError(
-                    f"{self._directory} holds checkpoints of another configuration (fingerprint "
+                    f"{self._directory} belongs to a run of another configuration (fingerprint "
                     f"{found}, this run's is {self._fingerprint}). Nothing was touched: choose "
                     "another run.output, or go back to the configuration saved there"
                 )
