@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmac.config import Recipe
 from llmac.critics.value_head import ValueHead
 from llmac.curves import plot_learning_curve
-from llmac.errors import CheckpointError
+from llmac.errors import CheckpointError, ConfigError
 from llmac.loop import Parts
 from llmac.models.loading import LanguageModel, load_tokenizer
 from llmac.models.policy import causal_lm
@@ -27,6 +27,7 @@ def save_final(parts: Parts, recipe: Recipe) -> Path:
 
     Raises:
         CheckpointError: a file that was written holds no weights.
+        ConfigError: the Hub did not take the model, which is complete in `final/`.
     """
     final = parts.output / "final"
     if parts.runtime.is_main:
@@ -35,13 +36,13 @@ def save_final(parts: Parts, recipe: Recipe) -> Path:
         if isinstance(parts.critic, ValueHead):
             parts.critic.save_pretrained(final / "critic")
             _check_not_empty(final / "critic")
-        if recipe.run.push_to_hub:
-            _push(final, recipe.run.push_to_hub)
         plot_learning_curve(
             parts.output / "metrics.jsonl",
             parts.output / "learning_curve.png",
             title=f"{recipe.algorithm.name} on {Path(recipe.data.name).stem}",
         )
+        if recipe.run.push_to_hub:
+            _push(final, recipe.run.push_to_hub)
     parts.runtime.barrier()
     return final
 
@@ -89,6 +90,12 @@ def _push(directory: Path, repository: str) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=directory)
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=directory)
+    except Exception as error:  # no connection, no permission, no such name: each of another kind
+        raise ConfigError(
+            f"run.push_to_hub: {repository} could not be pushed to ({type(error).__name__}: {error}). Training is "
+            f"done and the model is saved: log in (`hf auth login`), then `hf upload {repository} {directory}`"
+        ) from error
     logger.info("pushed %s to %s", directory, repository)
