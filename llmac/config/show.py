@@ -201,6 +201,14 @@ class YamlWriter(yaml.SafeDumper):
         for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *YamlReader.yaml_implicit_resolvers}
     }
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        r"""Text of several lines stays on one, with \n."""
+        style = '"' if "\n" in data else None
+        return yaml.ScalarNode("tag:yaml.org,2002:str", data, style=style)
+
     def ignore_aliases(self, data: Any) -> bool:
         """Equal values are written out each time."""
         return True
+
+
+YamlWriter.add_representer(str, YamlWriter.represent_str)
