@@ -133,7 +133,7 @@ def test_a_key_without_effect_is_refused_even_at_its_default(settings, overrides
     ],
 )
 def test_the_same_keys_are_welcome_where_they_do_something(settings, overrides):
-    load_recipe(settings, overrides)
+    assert load_recipe(settings, overrides) != load_recipe(settings)
 
 
 def test_defaults_without_effect_are_not_complained_about(settings):

@@ -119,6 +119,7 @@ def test_an_error_in_the_stream_changes_nothing(engine, make_model, prompts):
 
 def test_both_names_of_a_tied_weight_are_accepted(engine, make_model):
     engine.load_weights(make_model(seed=1).state_dict().items(), version=1)
+    assert engine.policy_version == 1
 
 
 def test_the_same_seed_gives_the_same_responses_and_another_seed_others(engine, prompts):
@@ -353,6 +354,7 @@ def test_weights_that_are_not_finite_are_reported(engine, make_model, prompts):
 def test_close_may_be_called_twice(engine):
     engine.sleep()
     engine.wake()
+    assert engine.policy_version == 0
     engine.close()
     engine.close()
 
