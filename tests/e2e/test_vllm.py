@@ -1,0 +1,55 @@
+"""The whole of training with a real vLLM in process."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+@pytest.fixture(scope="session")
+def vllm_home(home, tmp_path_factory):
+    """The tiny model with heads of 32, the smallest that vLLM has kernels for on CPU."""
+    folder = tmp_path_factory.mktemp("model")
+    config = Qwen2Config.from_pretrained(home / "model")
+    config.hidden_size, config.num_attention_heads = 64, 2
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(home / "model").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"algorithm": {"name": "grpo", "group_size": 4}},
+        {"algorithm": {"name": "ppo", "group_size": 4}, "model": {"lora": {"r": 4, "alpha": 8}}},
+    ],
+    ids=["grpo", "ppo with adapters"],
+)
+def test_a_policy_sampled_by_vllm_improves(
+    change, settings, vllm_home, write_recipe, run, read_metrics, tmp_path
+):
+    settings["model"] = {"name": str(vllm_home), **change.pop("model", {})}
+    settings |= change
+    settings["actor"] = {"lr": 3e-2 if "lora" in settings["model"] else 1e-2, "prompts_per_step": 9}
+    settings["rollout"] = {"engine": "vllm", "max_new_tokens": 8, "temperature": 0.9}
+    settings["rollout"]["probe_every"] = 1
+    settings["evaluation"] = {"data": settings["data"], "samples": 4, "temperature": 1.0}
+    settings["run"] |= {"steps": 20}
+    code, printed = run(write_recipe(settings)).finish()
+    assert code == 0, printed
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(21))
+    for line in lines[1:]:
+        assert line["actor/sampler_logprob_diff_mean"] < 1e-4
+        assert line["actor/sampler_logprob_diff_max"] < 1e-3
+        assert line["actor/ratio_max"] == pytest.approx(1.0, abs=1e-3)
+    before, after = (lines[step]["eval/held_out/reward/reward"] for step in (0, 20))
+    assert after > 1.3 * before
