@@ -92,7 +92,7 @@ def write_recipe(tmp_path):
 class Run:
     """`recipes/train.py` in a process of its own."""
 
-    def __init__(self, recipe, *overrides, processes=1):
+    def __init__(self, recipe, *overrides, processes=1, environment=None):
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "accelerate.commands.launch", "--config_file"]
@@ -106,6 +106,7 @@ class Run:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
+            **(environment or {}),
         }
         self.process = subprocess.Popen(
             [*launcher, str(ROOT / "recipes/train.py"), str(recipe), *overrides],
