@@ -167,9 +167,10 @@ class Actor:
             )
 
     def _reference_logprobs(self, rows: PackedRows) -> Tensor:
-        assert self._reference is not None
-        with torch.no_grad(), self._reference.frozen_adapter():
-            return self._reference.policy(rows)[0]
+        reference = self._reference
+        assert reference is not None
+        with reference.frozen_adapter():
+            return self._learner.look(lambda _: reference.policy(rows)[0])
 
     def _logprobs(self, batch: Batch, look: Callable[[PackedRows], Tensor]) -> Tensor:
         result = torch.zeros(batch.response_ids.shape)

@@ -14,6 +14,7 @@ from llmac.core.masking import aggregate, aggregation_weight, masked_mean
 from llmac.core.measures import Mean, Measure, combine
 from llmac.core.types import CriticTargets, Loss, Rollouts, Values
 from llmac.critics.bench import CriticBench
+from llmac.errors import ConfigError
 from llmac.models.loading import add_lora, load_backbone, torch_dtype, train_in_full_mode
 from llmac.models.packing import micro_batches, pack
 from llmac.models.policy import causal_lm
@@ -87,6 +88,11 @@ class ValueHeadConfig:
 
     def build(self, bench: CriticBench) -> "ValueHead":
         """The live critic: backbone, head, learner."""
+        if self.trunk == "shared" and not self.detach_trunk and bench.runtime.world_size > 1:
+            raise ConfigError(
+                "critic.detach_trunk: false with critic.trunk: shared works in one process only, because two "
+                "gradient synchronizations would own the same weights; set detach_trunk: true or trunk: own"
+            )
         model, fresh_head = self._model(bench)
         if self.trunk == "own":
             train_in_full_mode(

@@ -94,6 +94,19 @@ def test_lora_trains_adapters_and_leaves_a_merged_model(settings, home):
     assert result.metrics["actor/sampler_logprob_diff_max"] < 1e-3
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}])
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+def test_the_reference_is_the_policy_as_it_started(settings, lora, placement):
+    settings["model"] |= {"lora": lora} if lora else {}
+    settings["actor"] |= {"minibatches": 1, "lr": 1e-2}
+    settings["algorithm"] |= {"kl_coef": 0.1, "kl_placement": placement, "kl_estimator": "k2"}
+    result = llmac.train(**sections(settings))
+    lines = (result.output / "metrics.jsonl").read_text().splitlines()
+    kl = [json.loads(line)["actor/ref_kl"] for line in lines]
+    assert kl[0] == pytest.approx(0.0, abs=1e-9)  # nothing has been learned yet
+    assert kl[-1] > 1e-6
+
+
 def test_the_table_of_completions_shows_prompts_rewards_and_advantages(settings):
     settings["run"] |= {"log_completions_every": 2}
     result = llmac.train(**sections(settings))
