@@ -53,3 +53,17 @@ def test_a_policy_sampled_by_vllm_improves(
         assert line["actor/ratio_max"] == pytest.approx(1.0, abs=1e-3)
     before, after = (lines[step]["eval/held_out/reward/reward"] for step in (0, 20))
     assert after > 1.3 * before
+
+
+def test_two_processes_sample_with_an_engine_each(
+    settings, vllm_home, write_recipe, run, read_metrics, tmp_path
+):
+    settings["model"] = {"name": str(vllm_home)}
+    settings["rollout"] = {"engine": "vllm", "max_new_tokens": 8, "probe_every": 1}
+    settings["evaluation"] = {"data": settings["data"], "every": 2}
+    settings["run"] |= {"steps": 3}
+    code, printed = run(write_recipe(settings), processes=2).finish()
+    assert code == 0, printed
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert max(line["actor/sampler_logprob_diff_max"] for line in lines[1:]) < 1e-3
