@@ -13,7 +13,7 @@ from llmac.core.measures import Measure, combine
 from llmac.core.types import Batch, Credit, Loss, Rollouts
 from llmac.errors import ConsistencyError
 from llmac.models.loading import LanguageModel
-from llmac.models.packing import PackedRows, micro_batches, pack
+from llmac.models.packing import PackedRows, micro_batches, pack, packed_micro_batches
 from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner
@@ -174,8 +174,9 @@ class Actor:
 
     def _logprobs(self, batch: Batch, look: Callable[[PackedRows], Tensor]) -> Tensor:
         result = torch.zeros(batch.response_ids.shape)
-        for index in micro_batches(batch.trajectories, max_tokens=self._max_tokens):
-            rows = pack([batch.trajectories[int(i)] for i in index], pad_id=self._pad_id)
+        for index, rows in packed_micro_batches(
+            batch.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
+        ):
             logprobs = look(rows.to(self._runtime.device)).cpu()
             result[index, : logprobs.shape[1]] = logprobs
         return result

@@ -284,24 +284,19 @@ def _actor(
     elif algorithm.uses_reference:
         frozen = load_causal_lm(spec, spec.reference).requires_grad_(False).eval()
         reference = Reference(as_policy(frozen))
-    updates = (
-        (recipe.run.steps - recipe.run.critic_warmup_steps) * settings.epochs * settings.minibatches
-    )
+    learning_steps = recipe.run.steps - recipe.run.critic_warmup_steps
+    if learning_steps <= 0:
+        logger.warning(
+            "run.critic_warmup_steps is %d and run.steps is %d: the policy does not learn in this run",
+            recipe.run.critic_warmup_steps,
+            recipe.run.steps,
+        )
     learner = Learner(
         policy,
-        Optimization(
-            lr=settings.lr,
-            schedule=settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            min_lr_ratio=settings.min_lr_ratio,
-            weight_decay=settings.weight_decay,
-            betas=settings.betas,
-            eps=settings.eps,
-            max_grad_norm=settings.max_grad_norm,
-        ),
+        Optimization.of(settings),
         runtime,
         name="actor",
-        total_steps=updates,
+        total_steps=learning_steps * settings.epochs * settings.minibatches,
         compute_dtype=compute_dtype,
         before_learning=before_learning,
     )

@@ -20,7 +20,7 @@ from .base import GroupCredit, mean_over
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(GroupCredit):
-    """Group-relative advantages on weighted log-probabilities.
+    """CISPO: the importance weight is capped and detached, so no token loses its gradient.
 
         l_it = -sg[clip(r_it, cap_low, cap_high)] · Â_it · log π_θ(a_t|s_t)
 

@@ -19,7 +19,7 @@ from .grpo import GRPO
 
 @dataclass(frozen=True, kw_only=True)
 class DAPO(GRPO):
-    """GRPO's advantages of length-shaped scores.
+    """DAPO: GRPO with clip-higher, dynamic sampling and a soft penalty on overlong responses.
 
         s_i = Σ_t r_it + overlong_penalty · clip(-(T_i - (L_max - L_buffer)) / L_buffer, -1, 0)
 

@@ -19,7 +19,7 @@ from .base import ClippedPolicy, GroupCredit
 
 @dataclass(frozen=True, kw_only=True)
 class DrGRPO(GroupCredit, ClippedPolicy):
-    """Group mean as baseline, token sums over a constant horizon.
+    """Dr.GRPO: GRPO without the spread, and token sums over a constant horizon.
 
         Â_i = s_i - mean_g        loss = mean_i ( Σ_t l_it ) / H
 

@@ -20,7 +20,7 @@ from .base import ClippedPolicy, GroupCredit
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(GroupCredit, ClippedPolicy):
-    """Group-relative advantages with PPO's clipped surrogate and k3 KL in the loss (eq. 3, 4).
+    """GRPO: siblings' mean is the baseline, their spread the unit; clipped steps (eq. 3, 4).
 
         Â_i = (s_i - mean_g) / (std_g + scale_eps)
 

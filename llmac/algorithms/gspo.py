@@ -18,7 +18,7 @@ from .grpo import GRPO
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(GRPO):
-    """GRPO's advantages under a clipped sequence ratio.
+    """GSPO: GRPO's advantages, one clipped ratio for the whole response.
 
         r_i = exp( (1/T_i) Σ_t log π_θ(a_t|s_t) / π_old(a_t|s_t) )
 

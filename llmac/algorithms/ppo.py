@@ -22,7 +22,7 @@ from .base import ClippedPolicy, mean_over
 
 @dataclass(frozen=True, kw_only=True)
 class PPO(ClippedPolicy):
-    """Advantages from a critic.
+    """PPO: advantages from a learned critic by GAE, clipped policy steps.
 
         δ_t = r_t + γ V(s_{t+1}) - V(s_t)
         Â_t = δ_t + γ λ Â_{t+1}

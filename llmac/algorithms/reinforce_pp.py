@@ -22,7 +22,7 @@ from .base import ClippedPolicy, GroupCredit
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePP(ClippedPolicy):
-    """Whitened rewards to go.
+    """REINFORCE++: whitened rewards to go, no critic and no siblings.
 
         G_t = r_t + γ G_{t+1}        Â_t = (G_t - mean(G)) / std(G)
 
@@ -66,7 +66,7 @@ class ReinforcePP(ClippedPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePPBaseline(GroupCredit, ClippedPolicy):
-    """Group mean removed, then whitened over all tokens of the step.
+    """REINFORCE++-baseline: siblings' mean removed, then whitened over the step.
 
         Â_it = whiten(s_i - mean_g)
 

@@ -20,7 +20,7 @@ from .base import ClippedPolicy, GroupCredit
 
 @dataclass(frozen=True, kw_only=True)
 class RLOO(GroupCredit, ClippedPolicy):
-    """Leave-one-out advantages, not scaled.
+    """RLOO: the other siblings' mean is the baseline.
 
         Â_i = s_i - mean_{j≠i} s_j = G/(G-1) · (s_i - mean_g)
 

@@ -5,10 +5,12 @@ Keys of `algorithm:` and `critic:` are not here. They are the fields of the chos
 formula that uses them.
 """
 
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,6 +31,8 @@ PositiveOrZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Numbers = Annotated[tuple[int, ...], Field(strict=False)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A Hub id or a path; a shell leaves the ~ of `key=~/folder` to us."""
 
 
 def _list_to_tuple(value: object) -> object:
@@ -64,9 +68,9 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The language model that is trained."""
 
-    name: str
+    name: Place
     """Hub id or local folder, as `from_pretrained` takes it."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Hub id or folder of the tokenizer; null: the model's."""
     revision: str | None = None
     """Branch, tag or commit on the Hub; null: the main branch."""
@@ -84,7 +88,7 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     lora: LoraConfig | None = None
     """Train adapters only; null: train all weights."""
-    reference: str | None = None
+    reference: Place | None = None
     """Hub id or folder of the reference policy of KL terms; null: the policy as it starts."""
     logprob_chunk_mb: Count = 256
     """Largest block of logits held at once, megabytes; log-probabilities are computed chunk by
@@ -94,7 +98,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """A dataset and how a row becomes a prompt."""
 
-    name: str
+    name: Place
     """Hub id, a .jsonl, .json, .parquet or .csv file, or a `save_to_disk` folder."""
     subset: str | None = None
     """Configuration of the dataset on the Hub (gsm8k: main)."""
@@ -129,7 +133,7 @@ class RewardFunctionConfig(Section):
 
     path: str | Callable[..., Any] | None = None
     """path/to/file.py:function or package.module:function; from Python, the function itself."""
-    model: str | None = None
+    model: Place | None = None
     """Hub id or folder of a sequence-classification model with one output, instead of `path`."""
     name: str | None = None
     """In metrics: reward/<name>/mean; null: the function's or the model's own name."""
@@ -242,7 +246,7 @@ class RunConfig(Section):
 
     steps: Count
     """Training steps: sample, judge, learn, sync."""
-    output: str
+    output: Place
     """Folder of this run: metrics.jsonl, completions, checkpoints, final model."""
     critic_warmup_steps: CountOrZero = 0
     """First steps in which only the critic learns."""

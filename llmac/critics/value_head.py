@@ -16,7 +16,7 @@ from llmac.core.types import CriticTargets, Loss, Rollouts, Values
 from llmac.critics.bench import CriticBench
 from llmac.errors import ConfigError
 from llmac.models.loading import add_lora, load_backbone, torch_dtype, train_in_full_mode
-from llmac.models.packing import micro_batches, pack
+from llmac.models.packing import PackedRows, micro_batches, pack, packed_micro_batches
 from llmac.models.policy import causal_lm
 from llmac.models.value_model import HEAD_FILE, ValueModel
 from llmac.runtime.context import Runtime
@@ -24,7 +24,7 @@ from llmac.runtime.learner import Learner, Optimization
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValueHeadConfig:
+class ValueHeadConfig(Optimization):
     """A language model with a scalar head that learns returns by (clipped) squared error."""
 
     lr: float = 1e-5
@@ -46,20 +46,6 @@ class ValueHeadConfig:
     `reward_range`; None = no clipping. The peers' fixed 0.2 and 0.5 (TRL, verl) are this only for rewards in [0, 1]."""
     reward_range: tuple[float, float] = (0.0, 1.0)
     """Smallest and largest return to expect; sizes the clip."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
-    min_lr_ratio: float = 0.0
-    """The schedule ends at this fraction of `lr`."""
-    weight_decay: float = 0.0
-    """AdamW's, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
-    eps: float = 1e-8
-    """AdamW's."""
-    max_grad_norm: float = 1.0
-    """Global gradient norm is clipped to this."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -102,16 +88,7 @@ class ValueHeadConfig:
         minibatches = self.minibatches or bench.minibatches
         learner = Learner(
             model,
-            Optimization(
-                lr=self.lr,
-                schedule=self.schedule,
-                warmup_steps=self.warmup_steps,
-                min_lr_ratio=self.min_lr_ratio,
-                weight_decay=self.weight_decay,
-                betas=self.betas,
-                eps=self.eps,
-                max_grad_norm=self.max_grad_norm,
-            ),
+            self,
             bench.runtime,
             name="critic",
             total_steps=bench.steps * self.epochs * minibatches,
@@ -189,12 +166,12 @@ class ValueHead:
             self._start_at(rollouts)
         rows, width = rollouts.response_ids.shape
         at, bootstrap = torch.zeros(rows, width), torch.zeros(rows)
-        for index in micro_batches(rollouts.trajectories, max_tokens=self._max_tokens):
-            packed = pack([rollouts.trajectories[int(i)] for i in index], pad_id=self._pad_id)
-            device_rows = packed.to(self._runtime.device)
-            values = self._learner.look(lambda m, r=device_rows: m(r)).cpu()
-            at[index, : values.shape[1] - 1] = values[:, :-1]
-            bootstrap[index] = values.gather(1, packed.lengths[:, None]).squeeze(1)
+        for index, packed in packed_micro_batches(
+            rollouts.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
+        ):
+            seen = self._seen(packed)
+            at[index, : seen.shape[1] - 1] = seen[:, :-1]
+            bootstrap[index] = seen.gather(1, packed.lengths[:, None]).squeeze(1)
         return Values(at=at * starts, starts=starts, bootstrap=bootstrap * rollouts.truncated)
 
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
@@ -222,6 +199,10 @@ class ValueHead:
         """A folder that `ValueModel.from_pretrained` loads."""
         directory.mkdir(parents=True, exist_ok=True)
         self._model.save_pretrained(directory)
+
+    def _seen(self, packed: PackedRows) -> Tensor:
+        rows = packed.to(self._runtime.device)
+        return self._learner.look(lambda module: module(rows)).cpu()
 
     def _start_at(self, rollouts: Rollouts) -> None:
         outcomes = rollouts.rewards.sum(1)

@@ -107,17 +107,28 @@ def load_backbone(spec: ModelSpec, name: str | None = None) -> PreTrainedModel:
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSpec, *, task: str = "CAUSAL_LM") -> PeftModel:
-    """Freeze `model` and put trainable low-rank adapters on it; initially they change nothing."""
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=0.0,
-            target_modules=lora.target_modules,
-            task_type=task,
-        ),
+    """Freeze `model` and put trainable low-rank adapters on it; initially they change nothing.
+
+    Raises:
+        ConfigError: peft finds nothing to adapt under these names.
+    """
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.target_modules,
+        task_type=task,
     )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as reason:
+        linear = {
+            n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
+        }
+        raise ConfigError(
+            f"model.lora.target_modules is {lora.target_modules!r}: {_short(reason)} "
+            f"Linear layers here: {', '.join(sorted(linear))}"
+        ) from reason
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -185,14 +196,14 @@ def _load(auto: Any, spec: ModelSpec, name: str | None) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as reason:
         raise ConfigError(
-            f"model.name: no model could be loaded from {name!r}: {_short(reason)}"
+            f"{_key(spec, name)}: no model could be loaded from {name!r}: {_short(reason)}"
         ) from reason
     missing = sorted(found["missing_keys"])
     if missing:
         # transformers would go on with random weights in their place.
         raise ConfigError(
-            f"model.name: the checkpoint {name!r} lacks {len(missing)} of the weights of a {type(model).__name__}: "
-            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Is it complete, and of this kind of model?"
+            f"{_key(spec, name)}: the checkpoint {name!r} lacks {len(missing)} of the weights of a "
+            f"{type(model).__name__}: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Is it complete, and of this kind of model?"
         )
     for field in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config, field, 0.0):  # each architecture has some of these
@@ -212,6 +223,11 @@ def _text_config(spec: ModelSpec) -> Any:
             f"model.name: no model configuration at {spec.name!r}: {_short(reason)}"
         ) from reason
     return config.get_text_config()
+
+
+def _key(spec: ModelSpec, name: str) -> str:
+    """Where a recipe may have this name."""
+    return "model.name" if name == spec.name else "model.reference or critic.init"
 
 
 def _short(reason: Exception) -> str:

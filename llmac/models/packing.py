@@ -1,6 +1,6 @@
 """Trajectories to model inputs: right-padded rows, and micro-batches that respect a token budget."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,14 @@ def pack(trajectories: Sequence[Trajectory], *, pad_id: int) -> PackedRows:
         action_mask=action_mask,
         lengths=lengths,
     )
+
+
+def packed_micro_batches(
+    trajectories: Sequence[Trajectory], *, max_tokens: int, pad_id: int
+) -> Iterator[tuple[Tensor, PackedRows]]:
+    """Each micro-batch of `micro_batches`: which rows it holds, and the rows packed."""
+    for index in micro_batches(trajectories, max_tokens=max_tokens):
+        yield index, pack([trajectories[int(row)] for row in index], pad_id=pad_id)
 
 
 def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> list[Tensor]:

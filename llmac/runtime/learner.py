@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,31 @@ Rows = TypeVar("Rows")
 Seen = TypeVar("Seen")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimization:
     """How one module is optimized: AdamW, a schedule, gradient clipping."""
 
     lr: float
-    schedule: str = "constant"
-    """constant | linear | cosine, after a linear warm-up."""
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: keep `lr`, or decay it to `min_lr_ratio` of it at the end of the run."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises from 0."""
     min_lr_ratio: float = 0.0
     """The schedule ends at this fraction of `lr`."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
     eps: float = 1e-8
+    """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this."""
+
+    @classmethod
+    def of(cls, settings: object) -> "Optimization":
+        """Those of a recipe's section, which has fields of the same names."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     def lr_factor(self, step: int, total_steps: int) -> float:
         """Learning rate at optimizer step `step` (from 0) as a fraction of `lr`.

@@ -237,6 +237,31 @@ def test_a_model_that_cannot_be_loaded_whole_is_refused(
     assert_refused(settings, ConfigError, message, tmp_path)
 
 
+def test_adapters_for_layers_that_are_not_there_are_refused(settings, tmp_path):
+    settings["model"] |= {"lora": {"target_modules": ["query"]}}
+    assert_refused(settings, ConfigError, r"target_modules.*query.*q_proj, up_proj", tmp_path)
+
+
+def test_a_critic_that_is_not_there_is_refused_under_its_own_key(settings, home, tmp_path):
+    settings["algorithm"] = {"name": "ppo"}
+    settings["critic"] = {"init": str(home / "nowhere")}
+    assert_refused(settings, ConfigError, r"critic\.init: no model", tmp_path)
+
+
+def test_a_policy_that_never_learns_is_announced(settings, caplog):
+    settings["algorithm"] = {"name": "ppo", "group_size": 2}
+    settings["run"] |= {"steps": 1, "critic_warmup_steps": 1}
+    train(load_recipe(settings))
+    assert "run.critic_warmup_steps is 1 and run.steps is 1: the policy does not" in caplog.text
+
+
+def test_the_home_directory_is_where_the_shell_has_it(settings, monkeypatch, tmp_path):
+    """In `run.output=~/run` the shell leaves the ~ alone; a folder called ~ is never meant."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings["run"] |= {"output": "~/run"}
+    assert load_recipe(settings).run.output == str(tmp_path / "run")
+
+
 def test_a_classifier_is_not_taken_for_a_language_model(settings, copied_model, tmp_path):
     config = Qwen2Config.from_pretrained(copied_model)
     config.num_labels, config.tie_word_embeddings = 1, False
