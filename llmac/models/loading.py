@@ -203,7 +203,8 @@ def _load(auto: Any, spec: ModelSpec, name: str | None) -> PreTrainedModel:
         # transformers would go on with random weights in their place.
         raise ConfigError(
             f"{_key(spec, name)}: the checkpoint {name!r} lacks {len(missing)} of the weights of a "
-            f"{type(model).__name__}: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. Is it complete, and of this kind of model?"
+            f"{type(model).__name__}: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}. "
+            "Is it complete, and of this kind of model?"
         )
     for field in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config, field, 0.0):  # each architecture has some of these
