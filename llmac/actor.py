@@ -13,7 +13,13 @@ from llmac.core.measures import Measure, combine
 from llmac.core.types import Batch, Credit, Loss, Rollouts
 from llmac.errors import ConsistencyError
 from llmac.models.loading import LanguageModel
-from llmac.models.packing import PackedRows, micro_batches, pack, packed_micro_batches
+from llmac.models.packing import (
+    PackedRows,
+    micro_batches,
+    minibatch_rows,
+    pack,
+    packed_micro_batches,
+)
 from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner
@@ -156,14 +162,17 @@ class Actor:
         )
 
     def _check_ratio(self, logprobs: Tensor, rollouts: Rollouts) -> None:
-        gap = (logprobs - rollouts.old_logprobs).abs() * rollouts.action_mask
-        worst = float(gap.max()) if gap.numel() else 0.0
-        if worst > self._ratio_tolerance or worst != worst:
+        mask = rollouts.action_mask
+        gap = float(
+            ((logprobs - rollouts.old_logprobs).abs() * mask).sum() / mask.sum().clamp(min=1)
+        )
+        # Written so that NaN stops, too.
+        if not gap <= self._ratio_tolerance:
             raise ConsistencyError(
-                f"the policy has not moved since the rollouts were looked at, yet a log-probability changed by "
-                f"{worst:.3g} (tolerance {self._ratio_tolerance}, run.ratio_tolerance): something in the model is not "
-                "deterministic (dropout, a mixture-of-experts router) or the precision is low; with bfloat16, "
-                "raise run.ratio_tolerance to what your model needs"
+                f"the policy has not moved since the rollouts were looked at, yet its log-probabilities changed by "
+                f"{gap:.3g} on average (tolerance {self._ratio_tolerance}, run.ratio_tolerance): something in the "
+                "model is not deterministic (dropout, a mixture-of-experts router) or the precision is low; with "
+                "bfloat16, raise run.ratio_tolerance to what your model needs"
             )
 
     def _reference_logprobs(self, rows: PackedRows) -> Tensor:
@@ -180,12 +189,3 @@ class Actor:
             logprobs = look(rows.to(self._runtime.device)).cpu()
             result[index, : logprobs.shape[1]] = logprobs
         return result
-
-
-def minibatch_rows(rows: int, minibatches: int) -> list[Tensor]:
-    """Contiguous, near-equal parts of a rank's rows; prompts are already in random order.
-
-    With prompts dealt to ranks in turn, part m of every rank together is part m of one process: the sharding law
-    holds for minibatches too.
-    """
-    return [part for part in torch.arange(rows).tensor_split(minibatches) if len(part)]

@@ -253,6 +253,7 @@ def _held_out(
             max_new_tokens=max_new_tokens,
         ),
         score=rewards,
+        solved_at=wanted.solved_at,
         every=wanted.every,
         at_start=wanted.at_start,
     )
@@ -269,10 +270,11 @@ def _actor(
     spec, settings = recipe.model, recipe.actor
 
     def as_policy(model: LanguageModel) -> TokenPolicy:
-        policy = TokenPolicy(
-            model, temperature=recipe.rollout.temperature, chunk_mb=spec.logprob_chunk_mb
-        )
-        return policy.to(runtime.device)
+        torch.nn.Module.to(model, runtime.device)
+        with runtime.autocast(compute_dtype):  # it tries the model out
+            return TokenPolicy(
+                model, temperature=recipe.rollout.temperature, chunk_mb=spec.logprob_chunk_mb
+            )
 
     base = load_causal_lm(spec)
     model = base if spec.lora is None else add_lora(base, spec.lora)
@@ -325,9 +327,10 @@ def _engine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
     if rollout.engine == "hf":
         from llmac.engines.hf_engine import HFEngine
 
-        model = load_causal_lm(spec)
+        # In the precision the trainer computes in: the sampler should be the policy, not a better-rounded one.
+        model = load_causal_lm(spec, dtype=torch.bfloat16 if spec.compute_dtype else None)
         torch.nn.Module.to(model, runtime.device)
-        return HFEngine(model, tokenizer)
+        return HFEngine(model, tokenizer, max_batch_rows=rollout.max_num_seqs)
 
     from llmac.engines.vllm_engine import VLLMEngine
 

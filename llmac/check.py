@@ -128,12 +128,10 @@ def _check_columns(recipe: Recipe, columns: set[str]) -> None:
 
 
 def _context_length(recipe: Recipe) -> int | None:
-    """Tokens the model was made for, if its configuration is on this machine and says so."""
+    """Tokens of prompt and response together, as far as is known on this machine."""
     if not (Path(recipe.model.name).expanduser() / "config.json").exists():
-        return None
-    from transformers import AutoConfig
+        return recipe.rollout.max_model_len
+    from llmac.models.loading import context_length
 
-    config = AutoConfig.from_pretrained(
-        recipe.model.name, trust_remote_code=recipe.model.trust_remote_code
-    )
-    return getattr(config.get_text_config(), "max_position_embeddings", None)  # absent in some
+    limits = (context_length(recipe.model), recipe.rollout.max_model_len)
+    return min((limit for limit in limits if limit is not None), default=None)

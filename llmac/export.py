@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmac.config import Recipe
 from llmac.critics.value_head import ValueHead
@@ -34,7 +34,7 @@ def save_final(parts: Parts, recipe: Recipe) -> Path:
         save_policy(parts.actor.model, final)
         load_tokenizer(recipe.model).save_pretrained(final)
         if isinstance(parts.critic, ValueHead):
-            parts.critic.save_pretrained(final / "critic")
+            parts.critic.save_pretrained(final / "critic", policy=final)
             _check_not_empty(final / "critic")
         plot_learning_curve(
             parts.output / "metrics.jsonl",
@@ -54,8 +54,11 @@ def save_policy(model: LanguageModel, directory: Path) -> None:
         model.save_pretrained(directory)
     else:
         merged = _empty_like(causal_lm(model))
-        merged.load_state_dict(dict(full_weights(model)), assign=True, strict=False)
+        found = merged.load_state_dict(dict(full_weights(model)), assign=True, strict=False)
         merged.tie_weights()
+        absent = [name for name in found.missing_keys if merged.get_parameter(name).is_meta]
+        if absent:
+            raise CheckpointError(f"{directory} would lack {len(absent)} weights: {absent[:3]}")
         merged.save_pretrained(directory)
         model.save_pretrained(str(directory / "adapter"))
         _check_not_empty(directory / "adapter")
@@ -65,7 +68,7 @@ def save_policy(model: LanguageModel, directory: Path) -> None:
 def _empty_like(model: PreTrainedModel) -> PreTrainedModel:
     """The same architecture without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+        return type(model)(model.config)
 
 
 def _check_not_empty(directory: Path) -> None:

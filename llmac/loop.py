@@ -46,6 +46,7 @@ class HeldOut:
     prompts: Sequence[Prompt]
     sampling: SamplingParams
     score: Rewards
+    solved_at: float
     every: int
     at_start: bool
 
@@ -99,11 +100,12 @@ def train(run: Run, parts: Parts) -> None:
     algorithm, actor, critic, engine = parts.algorithm, parts.actor, parts.critic, parts.engine
     log, phase, runtime = parts.log, parts.phases, parts.runtime
 
-    done = resume(parts)
-    log.rewind(done + 1)
-    parts.score.step = done
-    prove_sync(parts)
-    synchronize(parts, version=done, probe=True)
+    with phase("start"):
+        done = resume(parts)
+        log.rewind(done + 1)
+        parts.score.step = done
+        prove_sync(parts)
+        synchronize(parts, version=done, probe=True)
     if done == 0 and parts.held_out and parts.held_out.at_start:
         look_at_held_out(parts)
         log.add(parts.phases.drain())
@@ -149,17 +151,20 @@ def train(run: Run, parts: Parts) -> None:
 
         # 6. Sync: the next step samples the new policy.
         with phase("sync"):
-            synchronize(parts, version=step, probe=step % parts.probe_every == 0)
+            first_update = step == max(done, run.critic_warmup_steps) + 1
+            synchronize(parts, version=step, probe=first_update or step % parts.probe_every == 0)
 
         log.add(counts, credit.metrics, parts.score.metrics(), describe(rollouts))
         parts.completions.log(step, rollouts, credit)
         if parts.held_out and (step % parts.held_out.every == 0 or step == run.steps):
             look_at_held_out(parts)
+        log.add(phase.drain())
+        with phase("log"):
+            log.flush(step)
+        # After the metrics: a kill in between repeats a step, and no line of metrics.jsonl is ever missing.
         if step % run.save_every == 0 or step == run.steps:
             with phase("save"):
                 parts.checkpoints.save(step, parts.roles)
-        log.add(phase.drain())
-        log.flush(step)
 
 
 def check_resume(run: Run, checkpoints: CheckpointStore) -> None:
@@ -184,6 +189,10 @@ def resume(parts: Parts) -> int:
     """Restore the newest checkpoint; returns the steps done, 0 on a fresh run."""
     latest = parts.checkpoints.latest()
     done = parts.checkpoints.restore_latest(parts.roles)
+    if done and parts.prompts.epoch == 0:
+        raise ConsistencyError(
+            f"step {done} was restored, but the prompts are at their beginning: the run would see them again"
+        )
     if latest is not None:
         logger.info("continuing after step %d from %s", done, latest)
     return done
@@ -207,7 +216,11 @@ def synchronize(parts: Parts, *, version: int, probe: bool) -> None:
 
 
 def prove_sync(parts: Parts) -> None:
-    """Before the first step, prove that a change of any weight reaches the engine, and leave the true ones there."""
+    """Before the first step, prove that changed weights reach the engine, and leave the true ones there.
+
+    In float32 a single tensor that stays behind shows. In low precision rounding hides most single tensors, and the
+    proof is only that updates arrive at all; the version and the periodic probe are what is left.
+    """
     model = parts.actor.model
     if not isinstance(model, PreTrainedModel):
         logger.info("start-up probe: only the first sync is checked, as the policy has adapters")
@@ -218,7 +231,7 @@ def prove_sync(parts: Parts) -> None:
         parts.actor.weights,
         module_reference(model),
         [parts.probe_prompt],
-        # Noise in every layer also makes the rounding of low precision larger; a lost update is larger still.
+        # Noise in every layer also makes the rounding of low precision larger.
         tolerance=5 * LOW_PRECISION_TOLERANCE if low_precision else parts.probe_tolerance,
     )
 
@@ -235,9 +248,15 @@ def look_at_held_out(parts: Parts) -> None:
                 held_out.score,
                 sampling=held_out.sampling,
                 name=held_out.name,
+                solved_at=held_out.solved_at,
                 sum_across=parts.runtime.sum,
             )
         )
+    held_out.score.step = parts.score.step
+    for name, measure in held_out.score.metrics().items():
+        # Means are in `evaluate` already; what went wrong is known only here.
+        if name == "reward/unscored" or name.endswith("/errors"):
+            parts.log.add({f"eval/{held_out.name}/{name}": measure})
 
 
 def check_versions(trajectories: Sequence[Trajectory], version: int) -> None:

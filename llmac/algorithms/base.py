@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llmac.core.diagnostics import sampler_gap
+from llmac.core.diagnostics import advantage_by_outcome, sampler_gap
 from llmac.core.importance import importance_weights
 from llmac.core.kl import kl_estimate, kl_shaped_rewards
 from llmac.core.losses import clipped_surrogate, log_ratio
@@ -247,6 +247,7 @@ class Algorithm:
                 masked_var(advantages, mask, unbiased=False, sum_across=sum_across).sqrt()
             ),
             **sampler_gap(rollouts.old_logprobs, rollouts.sampler_logprobs, rollouts.action_mask),
+            **advantage_by_outcome(advantages, mask, rollouts.rewards.sum(-1)),
             **(metrics or {}),
         }
         importance = None

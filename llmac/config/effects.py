@@ -34,7 +34,6 @@ IDLE = (
                 "kv_cache_mb",
                 "enforce_eager",
                 "tensor_parallel_size",
-                "max_num_seqs",
             )
         ),
         lambda recipe: recipe.rollout.engine == "hf",
@@ -138,6 +137,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                 "mean importance ratio the kept probability mass instead of 1, which biases every update; leave it "
                 f"at {off}, and sharpen with rollout.temperature if you must (training divides by it too)"
             )
+    if rollout.tensor_parallel_size > 1:
+        yield (
+            f"rollout.tensor_parallel_size is {rollout.tensor_parallel_size}, and an engine that spans several GPUs "
+            "cannot take new weights in process yet; set it to 1, so that each process has an engine on its own GPU"
+        )
     low, high = actor.betas
     if not (0 <= low < 1 and 0 <= high < 1):
         yield f"actor.betas must each be at least 0 and below 1, found {found(list(actor.betas))}"

@@ -216,9 +216,9 @@ class RolloutConfig(Section):
     enforce_eager: bool = False
     """No CUDA graphs in vLLM: faster start, slower decoding."""
     tensor_parallel_size: Count = 1
-    """GPUs one vLLM engine spans."""
+    """GPUs one vLLM engine spans; 1 is the only value that works today."""
     max_num_seqs: Count = 256
-    """Responses vLLM decodes at a time."""
+    """Responses decoded at a time; lower it when sampling runs out of memory."""
     probe_every: Count = 50
     """Weight updates between two proofs that the engine holds the policy's weights; the first is
     always proved."""
@@ -237,6 +237,8 @@ class EvaluationConfig(Section):
     """0 = greedy."""
     max_new_tokens: Count | None = None
     """Response length, tokens; null: rollout.max_new_tokens."""
+    solved_at: float = 1.0
+    """Total reward from which a response counts as solved in pass@k; lower it where the best reward is below 1."""
     at_start: bool = True
     """Also before the first step: the number every later one is compared with."""
 

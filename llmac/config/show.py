@@ -1,9 +1,12 @@
 """A recipe as text: complete YAML to save, commented YAML to read, a fingerprint to compare."""
 
+import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
@@ -68,8 +71,20 @@ def fingerprint(recipe: Recipe) -> str:
     settings = plain(recipe)
     for key in MAY_CHANGE:
         _drop(settings, key)
+    settings["reward_sources"] = [_source(entry.path) for entry in recipe.reward.functions]
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _source(function: object) -> str | None:
+    """What a reward function does: the text of its file, or of a function passed from Python; None: not to be had."""
+    if isinstance(function, str):
+        file = Path(function.rpartition(":")[0]).expanduser()
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    if inspect.isfunction(function):
+        with contextlib.suppress(OSError):  # typed at a prompt
+            return inspect.getsource(function)
+    return None
 
 
 def show(recipe: Recipe, overrides: Sequence[str] = ()) -> str:

@@ -7,7 +7,7 @@ from typing import Literal, cast
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from llmac.core.losses import value_clipped, value_mse
 from llmac.core.masking import aggregate, aggregation_weight, masked_mean
@@ -16,7 +16,13 @@ from llmac.core.types import CriticTargets, Loss, Rollouts, Values
 from llmac.critics.bench import CriticBench
 from llmac.errors import ConfigError
 from llmac.models.loading import add_lora, load_backbone, torch_dtype, train_in_full_mode
-from llmac.models.packing import PackedRows, micro_batches, pack, packed_micro_batches
+from llmac.models.packing import (
+    PackedRows,
+    micro_batches,
+    minibatch_rows,
+    pack,
+    packed_micro_batches,
+)
 from llmac.models.policy import causal_lm
 from llmac.models.value_model import HEAD_FILE, ValueModel
 from llmac.runtime.context import Runtime
@@ -112,12 +118,20 @@ class ValueHeadConfig(Optimization):
             trunk = cast(PreTrainedModel, causal_lm(bench.policy.model).base_model)
             return ValueModel(trunk, detach_trunk=self.detach_trunk), True
         if (Path(self.init) / HEAD_FILE).is_file():
-            return ValueModel.from_pretrained(self.init, dtype=torch_dtype(bench.model)), False
+            saved = ValueModel.from_pretrained(self.init, dtype=torch_dtype(bench.model))
+            return self._adapted(saved, bench), False
         backbone = load_backbone(bench.model, None if self.init == "policy" else self.init)
+        return self._adapted(ValueModel(backbone), bench), True
+
+    def _adapted(self, model: ValueModel, bench: CriticBench) -> ValueModel:
+        """With adapters on its trunk, if the settings say so."""
         if not self.lora:
-            return ValueModel(backbone), True
+            return model
         assert bench.model.lora is not None, "checked with the recipe"
-        return ValueModel(add_lora(backbone, bench.model.lora, task="FEATURE_EXTRACTION")), True
+        assert isinstance(model.backbone, PreTrainedModel)
+        adapted = ValueModel(add_lora(model.backbone, bench.model.lora, task="FEATURE_EXTRACTION"))
+        adapted.head.load_state_dict(model.head.state_dict())
+        return adapted
 
 
 class ValueHead:
@@ -178,9 +192,7 @@ class ValueHead:
         """`epochs` passes of clipped squared error towards the returns."""
         metrics: dict[str, Measure] = {}
         for _ in range(self._config.epochs):
-            for index in torch.arange(len(rollouts.trajectories)).tensor_split(self._minibatches):
-                if not len(index):
-                    continue
+            for index in minibatch_rows(len(rollouts.trajectories), self._minibatches):
                 part = rollouts.rows(index)
                 part_targets = targets.rows(index, part.response_ids.shape[1])
                 metrics = combine(metrics, self._step(part, part_targets))
@@ -195,10 +207,19 @@ class ValueHead:
         self._learner.load(directory)
         self._fresh_head = False
 
-    def save_pretrained(self, directory: Path) -> None:
-        """A folder that `ValueModel.from_pretrained` loads."""
+    def save_pretrained(self, directory: Path, *, policy: Path) -> None:
+        """A folder that `ValueModel.from_pretrained` loads.
+
+        Args:
+            directory: made if missing.
+            policy: folder of the policy saved at this moment, adapters merged: the trunk, if it is shared.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        self._model.save_pretrained(directory)
+        model = self._model
+        if self._config.trunk == "shared":
+            model = ValueModel(AutoModel.from_pretrained(policy))
+            model.head.load_state_dict(self._model.head.state_dict())
+        model.save_pretrained(directory)
 
     def _seen(self, packed: PackedRows) -> Tensor:
         rows = packed.to(self._runtime.device)

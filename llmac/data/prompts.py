@@ -1,5 +1,6 @@
 """Datasets become tokenized prompts, and prompts an endless stream that can be resumed."""
 
+import hashlib
 import json
 import random
 import re
@@ -93,6 +94,8 @@ def load_prompts(
     if not table:
         raise DataError(f"the dataset {source} is empty")
     table, mapping = _known_columns(_renamed(table, config.columns, source))
+    table, twins = _with_answers(table)
+    mapping |= twins
     read = _prompt_reader(config, table, mapping, source)
     ids = _row_ids(table, source)
     sources = [_checked(read(row), id_) for row, id_ in zip(table, ids, strict=True)]
@@ -123,6 +126,14 @@ def load_prompts(
         columns=columns,
     )
     return prompts, report
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Tells one list of prompts from another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(f"{prompt.id} {prompt.token_ids}\n".encode())
+    return digest.hexdigest()
 
 
 class PromptStream:
@@ -156,6 +167,7 @@ class PromptStream:
         self._prompts = prompts
         self._rank, self._world_size = rank, world_size
         self._shuffle, self._seed = shuffle, seed
+        self._digest = _digest(prompts)
         self._taken = 0
         self._order: tuple[int, Sequence[int]] = (-1, ())
 
@@ -177,6 +189,7 @@ class PromptStream:
             "prompts": len(self._prompts),
             "shuffle": self._shuffle,
             "seed": self._seed,
+            "content": self._digest,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -196,7 +209,8 @@ class PromptStream:
 
     def save(self, directory: Path) -> None:
         """Write `state()` into a checkpoint."""
-        (directory / "prompts.json").write_text(json.dumps(self.state()), encoding="utf-8")
+        if self._rank == 0:
+            (directory / "prompts.json").write_text(json.dumps(self.state()), encoding="utf-8")
 
     def load(self, directory: Path) -> None:
         """`restore` from a checkpoint."""
@@ -307,6 +321,15 @@ def _known_columns(table: list[Row]) -> tuple[list[Row], dict[str, str]]:
             return table, {}
         filled.append(row | dict.fromkeys(new, nested["ground_truth"]))
     return filled, dict.fromkeys(new, "reward_model.ground_truth")
+
+
+def _with_answers(table: Sequence[Row]) -> tuple[Sequence[Row], dict[str, str]]:
+    """`answer` and `solution` under both names: published datasets have one, reward functions ask for the other."""
+    present = _columns(table)
+    for have, want in (("answer", "solution"), ("solution", "answer")):
+        if have in present and want not in present:
+            return [row | {want: row.get(have)} for row in table], {want: have}
+    return table, {}
 
 
 def _prompt_reader(

@@ -7,12 +7,6 @@ Read `hf_engine.py` first (a batched decoder over any transformers causal LM: `s
 `row_cache.py` holds keys and values, `attention.py` reads them), then `vllm_engine.py`, the only file of the project
 that imports vllm. `manifest.py` checks a stream of weights; `probe.py` proves that updates arrive.
 
-May import: torch, transformers, `llmac.core`, `llmac.errors`. To add an engine: implement the protocol, add a line to
-`ENGINES`, and run `tests/engines/` over it.
+May import: torch, transformers, `llmac.core`, `llmac.errors`. To add an engine: implement the protocol, build it in
+`build._engine`, name it in `config/schema.py`, and run `tests/engines/` over it.
 """
-
-ENGINES: dict[str, str] = {
-    "hf": "llmac.engines.hf_engine:HFEngine",
-    "vllm": "llmac.engines.vllm_engine:VLLMEngine",
-}
-"""Name in a recipe -> "module:Class"."""

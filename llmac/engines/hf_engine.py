@@ -161,7 +161,7 @@ class HFEngine:
             except torch.OutOfMemoryError as error:
                 raise EngineError(
                     f"out of memory while sampling {len(rows)} responses of up to {params.max_new_tokens} tokens at "
-                    f"once; lower max_batch_rows (now {self._max_batch_rows}) or rollout.max_new_tokens"
+                    f"once; lower rollout.max_num_seqs (now {self._max_batch_rows}) or rollout.max_new_tokens"
                 ) from error
             completions.update(zip(rows, wave.completions(self._version), strict=True))
         return [completions[row] for row in range(len(prompts))]

@@ -92,13 +92,15 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return cast(int, tokenizer.pad_token_id)
 
 
-def load_causal_lm(spec: ModelSpec, name: str | None = None) -> PreTrainedModel:
+def load_causal_lm(
+    spec: ModelSpec, name: str | None = None, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The causal language model of a recipe, without adapters, dropout off.
 
     Dropout is off because the policy that learns must be the policy that sampled: with dropout the importance ratio
     of an on-policy step is not 1.
     """
-    return _load(AutoModelForCausalLM, spec, name)
+    return _load(AutoModelForCausalLM, spec, name, dtype)
 
 
 def load_backbone(spec: ModelSpec, name: str | None = None) -> PreTrainedModel:
@@ -139,6 +141,10 @@ def train_in_full_mode(model: nn.Module, *, gradient_checkpointing: bool) -> Non
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(
+            getattr(module, "attention_dropout", None), float
+        ):  # attention layers copy it
+            object.__setattr__(module, "attention_dropout", 0.0)
     if gradient_checkpointing:
         causal_lm: Any = model  # PreTrainedModel, or a peft model that passes these calls on
         causal_lm.gradient_checkpointing_enable(
@@ -180,7 +186,9 @@ def torch_dtype(spec: ModelSpec) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[spec.dtype]
 
 
-def _load(auto: Any, spec: ModelSpec, name: str | None) -> PreTrainedModel:
+def _load(
+    auto: Any, spec: ModelSpec, name: str | None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     name = name or spec.name
     options: dict[str, Any] = (
         {} if spec.attention is None else {"attn_implementation": spec.attention}
@@ -188,7 +196,7 @@ def _load(auto: Any, spec: ModelSpec, name: str | None) -> PreTrainedModel:
     try:
         model, found = auto.from_pretrained(
             name,
-            dtype=torch_dtype(spec),
+            dtype=dtype or torch_dtype(spec),
             revision=spec.revision if name == spec.name else None,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,

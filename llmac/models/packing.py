@@ -102,3 +102,12 @@ def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> lis
         else:
             batches.append([row])
     return [torch.tensor(batch) for batch in batches]
+
+
+def minibatch_rows(rows: int, minibatches: int) -> list[Tensor]:
+    """Contiguous, near-equal parts of a rank's rows; prompts are already in random order.
+
+    With prompts dealt to ranks in turn, part m of every rank together is part m of one process: the sharding law
+    holds for minibatches too.
+    """
+    return [part for part in torch.arange(rows).tensor_split(minibatches) if len(part)]

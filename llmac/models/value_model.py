@@ -69,13 +69,17 @@ class ValueModel(nn.Module):
         """Load what `save_pretrained` wrote.
 
         Raises:
-            CheckpointError: the folder has a backbone but no value head.
+            CheckpointError: the folder has a backbone but no value head, or lacks weights of the backbone.
         """
         directory = Path(directory)
         if not (directory / HEAD_FILE).is_file():
             raise CheckpointError(
                 f"{directory} has no {HEAD_FILE}: it is not a value model saved by llmac"
             )
-        model = cls(AutoModel.from_pretrained(directory, **loading))
+        backbone, found = AutoModel.from_pretrained(directory, output_loading_info=True, **loading)
+        if found["missing_keys"]:
+            # transformers would go on with random weights in their place.
+            raise CheckpointError(f"{directory} lacks weights: {sorted(found['missing_keys'])[:3]}")
+        model = cls(backbone)
         model.head.load_state_dict(load_file(directory / HEAD_FILE))
         return model

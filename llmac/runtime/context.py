@@ -227,10 +227,6 @@ class Runtime:
             with module.no_sync():
                 yield
 
-    def no_sync(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """`accumulate` of a micro-batch that is not the last."""
-        return self.accumulate(module, sync=False)
-
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; in a micro-batch with `sync`, average them over ranks as well."""
         self._accelerator.backward(loss)

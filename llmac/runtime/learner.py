@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -146,7 +145,7 @@ class Learner:
         scale = self._runtime.gradient_scale / global_weight
         for index, rows in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with nullcontext() if last else self._runtime.no_sync(self.module):
+            with self._runtime.accumulate(self.module, sync=last):
                 with self._runtime.autocast(self._compute_dtype):
                     loss = loss_of(self.module, rows)
                 self._runtime.backward(loss.total * scale)

@@ -76,7 +76,7 @@ def test_check_tokenizes_the_prompts_when_it_can(folder, tiny_model, capsys):
     [
         (["rollout.max_new_tokens=30"], "at most 2 are allowed"),
         (["data.prompt={qestion}"], "qestion"),
-        (["data.columns.solution=answer"], "requires the column 'answer'"),
+        (["data.columns.truth=answer"], "requires the column 'answer'"),
         (["data.chat=always"], "chat template"),
     ],
 )

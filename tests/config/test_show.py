@@ -69,7 +69,7 @@ def test_show_tells_where_each_value_came_from(settings):
 
 def test_show_comments_out_what_does_nothing(settings):
     text = show(load_recipe(settings))
-    assert "# max_num_seqs: 256" in text
+    assert "# gpu_memory_utilization: 0.3" in text
     assert "no effect here" in text
 
 

@@ -86,7 +86,6 @@ def test_a_mistake_is_named_with_its_owner_and_the_way_out(settings, override, p
     ("overrides", "key", "reason"),
     [
         (["rollout.dtype=auto"], "rollout.dtype", "rollout.engine is hf"),
-        (["rollout.max_num_seqs=64"], "rollout.max_num_seqs", "rollout.engine: vllm"),
         (["rollout.kv_cache_mb=64"], "rollout.kv_cache_mb", "rollout.engine: vllm"),
         (["rollout.enforce_eager=true"], "rollout.enforce_eager", "rollout.engine: vllm"),
         (

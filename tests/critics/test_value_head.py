@@ -200,7 +200,7 @@ def test_a_saved_critic_is_not_started_again(runtime, tmp_path):
     again = critic(runtime)
     again.load(tmp_path)
     assert torch.equal(again.values(rollouts, starts).at, expected)
-    trained.save_pretrained(tmp_path / "model")
+    trained.save_pretrained(tmp_path / "model", policy=tmp_path)
     assert torch.equal(
         ValueModel.from_pretrained(tmp_path / "model").head.weight, trained._model.head.weight
     )

@@ -28,11 +28,12 @@ ARCHITECTURES = {
 def make_model():
     """A random model of an architecture, the same every time."""
 
-    def make(architecture="qwen2", auto=AutoModelForCausalLM):
+    def make(architecture="qwen2", auto=AutoModelForCausalLM, dropout=0.0):
         torch.manual_seed(0)
         settings = {"vocab_size": 29} if architecture == "gpt2" else COMMON
         config = AutoConfig.for_model(architecture, **{**settings, **ARCHITECTURES[architecture]})
         config.initializer_range = 0.5
+        config.attention_dropout = dropout
         return auto.from_config(config).eval()
 
     return make

@@ -84,9 +84,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(make_model, ragged):
     torch.testing.assert_close(gradient(True), gradient(False))
 
 
-def test_training_mode_has_no_dropout(make_model, ragged):
-    model = make_model("gpt2")
-    assert model.config.resid_pdrop > 0
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+def test_training_mode_has_no_dropout(make_model, ragged, architecture):
+    model = make_model(architecture, dropout=0.3)
     train_in_full_mode(model, gradient_checkpointing=False)
     policy = TokenPolicy(model, temperature=1.0, chunk_mb=1.0)
     assert torch.equal(policy(pack(ragged, pad_id=0))[0], policy(pack(ragged, pad_id=0))[0])
