@@ -28,8 +28,8 @@ def token_logprobs(
 
         log π(a|s) = z_a - log Σ_v exp z_v        H(s) = log Σ_v exp z_v - Σ_v π_v z_v        z = logits / temperature
 
-    No tensor of [n, V] larger than `chunk_mb` exists at any time, forward or backward: with more rows than fit, each
-    chunk is recomputed in the backward pass, which costs one more projection.
+    No tensor of [n, V] larger than `chunk_mb` exists at any time, forward or backward, and about four of that size do:
+    with more rows than fit, each chunk is recomputed in the backward pass, which costs one more projection.
 
     Args:
         hidden: [n, H] hidden vectors of the states.
