@@ -91,8 +91,7 @@ class ModelConfig(Section):
     reference: Place | None = None
     """Hub id or folder of the reference policy of KL terms; null: the policy as it starts."""
     logprob_chunk_mb: Count = 256
-    """Largest block of logits held at once, megabytes; log-probabilities are computed chunk by
-    chunk."""
+    """Largest block of logits, megabytes: log-probabilities are computed chunk by chunk, about four blocks alive."""
 
 
 class DataConfig(Section):
