@@ -125,8 +125,7 @@ class Flat:
         seed: int,
         first_group: int,
     ) -> list[Group]:
-        # Engines give the i-th of n responses seed + i, so seeds of neighbouring prompts lie
-        # group_size apart.
+        # Every group has a seed of its own; the engine derives those of the siblings from it.
         requests = [
             Request(
                 prompt_ids=prompt.token_ids,
