@@ -7,7 +7,7 @@ writes `policy/` (a Qwen2 of 150 thousand parameters and a character tokenizer, 
 
 The task is to work out a sum of one-digit steps, writing every step: `4+8-6=` -> `4+8=12;12-6=6`. The student whose
 solutions the policy copies has two bugs, each with probability 0.6 where it can happen: a carry is dropped (8+6=4), and
-instead of borrowing the smaller digit is taken from the larger (12-6=14). So a quarter of its sums are right. The true
+instead of borrowing the smaller digit is taken from the larger (12-6=14). So it gets about one sum in four right (.27). The true
 rules are in the copy's repertoire too, and reinforcement learning has to find out, from final answers alone, which of
 six steps to do differently.
 """
@@ -29,7 +29,7 @@ STEPS = 6
 CAP = 19
 """No partial result of a right solution is above: 20 would be the one result that begins with a 2, too rare to copy."""
 BUG_RATE = 0.6
-"""Probability of the student's bug where one can happen; its accuracy is then 0.25."""
+"""Probability of the student's bug where one can happen; its accuracy is then 0.27."""
 CONTEXT_TOKENS = 64
 """A prompt has 14, the longest solution 48 with its end."""
 

@@ -165,7 +165,7 @@ class ActorConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: keep lr, or decay it to min_lr_ratio * lr at run.steps."""
     warmup_steps: CountOrZero = 0
-    """Optimizer steps of linear warm-up from 0."""
+    """Optimizer steps of linear warm-up: the first is made at lr / warmup_steps."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Where a decaying schedule ends, as a fraction of lr."""
     weight_decay: PositiveOrZero = 0.0

@@ -27,7 +27,7 @@ class Optimization:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: keep `lr`, or decay it to `min_lr_ratio` of it at the end of the run."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Optimizer steps over which the learning rate rises, the first at `lr / warmup_steps`."""
     min_lr_ratio: float = 0.0
     """The schedule ends at this fraction of `lr`."""
     weight_decay: float = 0.0

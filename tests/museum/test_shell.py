@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import string
-import time
 from pathlib import Path
 
 import pytest
@@ -240,7 +239,7 @@ def test_one_nan_among_the_rewards_stops_the_run_and_names_the_prompt(recipe):
     assert not (Path(poisoned.run.output) / "final").exists()
 
 
-def test_an_error_in_a_reward_is_counted_and_is_not_a_zero(recipe):
+def test_an_error_in_a_reward_is_counted_and_does_not_enter_its_mean(recipe):
     """Lesson (verl 5635): a verifier failed in threads, and every reward was silently 0."""
 
     def judge(prompt, response):
@@ -329,13 +328,19 @@ def test_an_engine_that_keeps_old_weights_is_noticed_before_the_first_step(keeps
     assert metrics_of(recipe()) == []
 
 
-def test_the_start_up_proof_is_short_and_leaves_the_true_weights(recipe, alive):
+def test_the_start_up_proof_leaves_the_true_weights(recipe, alive):
     parts = alive(recipe())
-    since = time.monotonic()
     prove_sync(parts)
-    assert time.monotonic() - since < 1.0
     synchronize(parts, version=0, probe=True)
     assert parts.engine.policy_version == 0
+
+
+def test_with_adapters_the_first_update_shows_an_engine_that_keeps_old_weights(recipe, alive):
+    """Lesson (TRL 5312): adapters change nothing at first, so only a sync after learning can tell."""
+    settings = recipe(model={"lora": {"r": 4, "alpha": 8}}, actor={"lr": 1e-1}, run={"steps": 8})
+    parts = with_forgetful_engine(alive(settings), keeps="")
+    with pytest.raises(EngineError, match="after the sync of version 1"):
+        run_loop(settings.run, parts)
 
 
 def test_an_engine_that_stops_taking_weights_later_is_noticed_by_the_probe(recipe, alive):
