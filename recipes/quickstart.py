@@ -7,9 +7,9 @@ writes `policy/` (a Qwen2 of 150 thousand parameters and a character tokenizer, 
 
 The task is to work out a sum of one-digit steps, writing every step: `4+8-6=` -> `4+8=12;12-6=6`. The student whose
 solutions the policy copies has two bugs, each with probability 0.6 where it can happen: a carry is dropped (8+6=4), and
-instead of borrowing the smaller digit is taken from the larger (12-6=14). So it gets about one sum in four right (.27). The true
-rules are in the copy's repertoire too, and reinforcement learning has to find out, from final answers alone, which of
-six steps to do differently.
+instead of borrowing the smaller digit is taken from the larger (12-6=14). So it gets about one sum in four right (.27).
+The true rules are in the copy's repertoire too, and reinforcement learning has to find out, from final answers alone,
+which of six steps to do differently.
 """
 
 import argparse
