@@ -40,6 +40,19 @@ IDLE = (
         "it is a setting of vLLM, and rollout.engine is hf; remove it, or set rollout.engine: vllm",
     ),
     Idle(
+        ("rollout.sleep_level",),
+        lambda recipe: recipe.rollout.engine != "vllm",
+        "only vLLM in process shares memory with the trainer; remove it, or set rollout.engine: vllm",
+    ),
+    Idle(
+        tuple(
+            f"rollout.{key}"
+            for key in ("servers", "server_count", "weight_transport", "request_timeout_seconds")
+        ),
+        lambda recipe: recipe.rollout.engine != "vllm_server",
+        "no server samples here; remove it, or set rollout.engine: vllm_server",
+    ),
+    Idle(
         ("actor.min_lr_ratio",),
         lambda recipe: recipe.actor.schedule == "constant",
         "a constant schedule does not decay; remove it, or set actor.schedule: linear or cosine",
@@ -137,11 +150,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                 "mean importance ratio the kept probability mass instead of 1, which biases every update; leave it "
                 f"at {off}, and sharpen with rollout.temperature if you must (training divides by it too)"
             )
-    if rollout.tensor_parallel_size > 1:
-        yield (
-            f"rollout.tensor_parallel_size is {rollout.tensor_parallel_size}, and an engine that spans several GPUs "
-            "cannot take new weights in process yet; set it to 1, so that each process has an engine on its own GPU"
-        )
     low, high = actor.betas
     if not (0 <= low < 1 and 0 <= high < 1):
         yield f"actor.betas must each be at least 0 and below 1, found {found(list(actor.betas))}"

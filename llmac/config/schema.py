@@ -190,8 +190,9 @@ class ActorConfig(Section):
 class RolloutConfig(Section):
     """Who samples, and how."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    """hf: transformers in process, CPU or GPU; vllm: vLLM in process."""
+    engine: Literal["hf", "vllm", "vllm_server"] = "hf"
+    """hf: transformers in process, CPU or GPU; vllm: vLLM in process, sharing the trainer's device; vllm_server:
+    `vllm serve` processes, here or on other machines."""
     temperature: Positive = 1.0
     """Logits are divided by it, in sampling and in training alike."""
     top_p: Fraction = 1.0
@@ -215,7 +216,21 @@ class RolloutConfig(Section):
     enforce_eager: bool = False
     """No CUDA graphs in vLLM: faster start, slower decoding."""
     tensor_parallel_size: Count = 1
-    """GPUs one vLLM engine spans; 1 is the only value that works today."""
+    """GPUs one vLLM engine spans. With engine: vllm, that many neighbouring processes share an engine."""
+    sleep_level: Literal[0, 1, 2] = 1
+    """What vLLM in process gives back while the policy learns (GPU only): 0 nothing; 1 cache, weights to main memory;
+    2 weights too, tried out at the start and re-sent on waking."""
+    sync_bucket_mb: Count = 512
+    """Weights are gathered and sent in buckets of this size, megabytes: the memory a sync takes above the shards."""
+    servers: Strings = ()
+    """URLs of servers that `llmac serve` started, such as http://host:8000; empty: server_count are started here."""
+    server_count: Count = 1
+    """vLLM servers to start on this machine when `servers` is empty."""
+    weight_transport: Literal["auto", "shm", "tcp", "nccl"] = "auto"
+    """How weights reach a server: shared memory, a socket, or NCCL; auto: nccl between GPUs, shm on one machine, else
+    tcp."""
+    request_timeout_seconds: Positive = 600.0
+    """Longest wait for one response of a server; then it counts as dead and its requests go elsewhere."""
     max_num_seqs: Count = 256
     """Responses decoded at a time; lower it when sampling runs out of memory."""
     probe_every: Count = 50
