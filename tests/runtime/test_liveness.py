@@ -1,6 +1,8 @@
 """When a rank is gone, the others end within seconds and say which one it was. Real processes, killed for real."""
 
 import contextlib
+import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -12,9 +14,10 @@ import threading
 import time
 
 import pytest
+from torch.distributed import DistBackendError
 
-from llmac.errors import ConsistencyError
-from llmac.runtime.links import meet
+from llmac.errors import ConfigError, ConsistencyError
+from llmac.runtime.links import Link, meet
 from llmac.runtime.liveness import EXIT_OTHER_RANK_GONE, Liveness
 from tests.runtime.liveness_worker import work
 
@@ -229,6 +232,62 @@ def test_one_process_has_nobody_to_watch():
         raise KeyError("its own affair")
     liveness.close()
     liveness.close()
+
+
+class Two(Alone):
+    """Rank 0 of two; the other is in a process that this one cannot see."""
+
+    world_size = 2
+
+    def gather(self, item):
+        return [item, ("elsewhere", 7)]
+
+
+@pytest.fixture
+def watching():
+    """(rank 0's Liveness, rank 1's end of their connection)"""
+    mine, theirs = socket.socketpair()
+    liveness = Liveness(Two(), {1: Link(1, mine)}, patience=60.0, grace=1.0)
+    yield liveness, theirs
+    liveness.close()
+    theirs.close()
+
+
+def test_a_rank_goes_on_beating_with_the_phase_it_is_in(watching):
+    liveness, theirs = watching
+    phases = itertools.chain(["gen", "adv"], itertools.repeat("sync"))
+    liveness.describe(phases.__next__)
+    theirs.settimeout(10)
+    heard = b""
+    while b"sync" not in heard:
+        heard += theirs.recv(1000)
+    # The first at once, the others as time passes.
+    doing = [json.loads(line)["doing"] for line in heard.splitlines()]
+    assert doing[doing.index("gen") :] == ["gen", "adv", "sync"]
+
+
+def test_a_failed_collective_waits_a_moment_for_its_reason(watching):
+    liveness, theirs = watching
+    threading.Timer(0.3, theirs.close).start()
+    with (
+        pytest.raises(ConsistencyError, match=r"^rank 1 \(elsewhere, pid 7\) died"),
+        liveness.reporting(),
+    ):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+def test_a_failed_collective_without_a_reason_is_this_ranks_own_failure(watching):
+    liveness, theirs = watching
+    with pytest.raises(DistBackendError, match="NCCL error"), liveness.reporting():
+        raise DistBackendError("NCCL error: unhandled system error")
+    assert b"failed with DistBackendError: NCCL error: unhandled" in theirs.recv(1000)
+
+
+def test_a_ranks_own_failure_is_not_blamed_on_one_that_fails_as_well(watching):
+    liveness, theirs = watching
+    theirs.sendall(b'{"kind": "farewell", "text": "failed with ConfigError: no such model"}\n')
+    with pytest.raises(ConfigError, match="no such model"), liveness.reporting():
+        raise ConfigError("no such model")
 
 
 @pytest.mark.parametrize("wrong", [{"patience_seconds": 0.0}, {"grace_seconds": -1.0}])
