@@ -10,6 +10,9 @@ from pathlib import Path
 
 from llmac.errors import LlmacError
 
+DOES_NOT_FIT = 3
+"""Exit code of `llmac plan` for a run that needs more memory than there is."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 1 when something is wrong, with one message and no traceback."""
@@ -40,6 +43,33 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key.sub=value")
     show.set_defaults(command=_show)
     check.set_defaults(command=_check)
+    plan = commands.add_parser(
+        "plan",
+        help="say where the memory of the GPUs goes, and what to change when it does not fit",
+        epilog="exit code: 0 it fits, 3 it does not, 1 something is wrong with the recipe or the numbers",
+    )
+    plan.add_argument("recipe", help="a recipe's YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    plan.add_argument("--gpus", type=int, required=True, help="GPUs of one machine")
+    plan.add_argument("--gpu-memory", type=float, required=True, help="of one GPU, GiB")
+    plan.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
+    sharding = plan.add_mutually_exclusive_group()
+    sharding.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        default=0,
+        help="ZeRO stage; 0: ddp.yaml (default)",
+    )
+    sharding.add_argument("--offload", action="store_true", help="zero3_offload.yaml")
+    sharding.add_argument("--fsdp2", action="store_true", help="fsdp2.yaml")
+    plan.add_argument(
+        "--prompt-tokens",
+        type=int,
+        help="longest prompt (default: data.max_prompt_tokens, or 512)",
+    )
+    plan.add_argument("--json", action="store_true", help="bytes, for programs")
+    plan.set_defaults(command=_plan)
     algorithms = commands.add_parser("algorithms", help="list algorithms and critics")
     algorithms.set_defaults(command=_algorithms)
     bring = commands.add_parser(
@@ -82,6 +112,33 @@ def _check(arguments: argparse.Namespace) -> int:
     if wrong:
         print(f"error: {wrong} of the above must be put right before training", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from llmac.config import load_recipe
+    from llmac.placement.plan import Machines, plan
+    from llmac.placement.report import as_json, show
+    from llmac.placement.sharding import Sharding
+    from llmac.placement.ways_out import ways_out
+
+    named = {0: Sharding.DDP, 1: Sharding.ZERO1, 2: Sharding.ZERO2, 3: Sharding.ZERO3}
+    sharding = named[arguments.zero]
+    if arguments.offload or arguments.fsdp2:
+        sharding = Sharding.ZERO3_OFFLOAD if arguments.offload else Sharding.FSDP2
+    machines = Machines(
+        gpus=arguments.gpus,
+        gpu_gib=arguments.gpu_memory,
+        nodes=arguments.nodes,
+        sharding=sharding,
+    )
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    found = plan(recipe, machines, prompt_tokens=arguments.prompt_tokens)
+    ways = ways_out(recipe, machines, prompt_tokens=arguments.prompt_tokens)
+    if arguments.json:
+        print(as_json(found, ways))
+    else:
+        show(found, ways)
+    return 0 if found.fits else DOES_NOT_FIT
 
 
 def _algorithms(arguments: argparse.Namespace) -> int:
