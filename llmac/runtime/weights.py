@@ -1,21 +1,27 @@
-"""The trained weights on their way out: checkpoint names, adapters merged, one tensor at a time."""
+"""The trained weights on their way out: checkpoint names, adapters merged, gathered a bucket at a time."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from llmac.errors import ConfigError
+from llmac.runtime.gathering import COPIES, check_readable, gather, is_sharded, whole_shape
+from llmac.runtime.merging import Entry, entries
+from llmac.runtime.naming import Conversion, conversions
+
+BUCKET_BYTES = 512 << 20
 
 
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Stream the weights of a transformers model under the names its checkpoint would have.
+def full_weights(
+    model: nn.Module, *, bucket_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream the weights of a transformers model as its checkpoint would have them: names, layouts, tied ones once.
 
     A LoRA layer comes out merged, computed when its turn comes and never written into the base:
 
@@ -25,111 +31,65 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     (`modules_to_save`) comes out as trained. Tied weights come once, under the name
     `save_pretrained` keeps. The order is that of `state_dict`.
 
-    All but merged tensors share memory with the model: copy what is to outlive the next update.
-    Whoever drops each tensor before taking the next has at most one merged tensor alive.
+    Weights that ZeRO-3 or FSDP2 spread over ranks are put together bucket by bucket, one collective
+    a bucket. It is then on every rank to take the stream to its end: a rank that stops early leaves
+    the others waiting in their next bucket until the process group times out. Closing the stream
+    frees its bucket on the rank that closes it, and nothing else.
+
+    A tensor is valid for as long as it is held, and holding it keeps its bucket alive: copy what is
+    to outlive the next bucket. Whole weights in their own precision share memory with the model.
 
     Args:
-        model: a transformers model, plain, with a peft LoRA adapter, or wrapped in DDP.
+        model: a transformers model, plain, with a peft LoRA adapter, or wrapped in DDP or by
+            DeepSpeed (any ZeRO stage), or sharded by FSDP2 in place.
+        bucket_bytes: bound on the memory above the shards: gathered, merged, cast and converted
+            tensors. What cannot be produced within it is a bucket of its own.
+        dtype: precision of floating-point tensors in the stream; None: the model's. Shards are cast
+            before they are sent, merged layers are rounded once.
 
     Raises:
-        ConfigError: an adapter that is not W + scaling · B A (DoRA, quantized base, IA3, ...), or
-            one that tells tied weights apart, which no checkpoint of the architecture can hold.
-            Raised before the first tensor.
+        ConfigError: an adapter that is not W + scaling · B A (DoRA, quantized base, IA3, ...), one
+            that tells tied weights apart, which no checkpoint of the architecture can hold, or
+            shards that cannot be read (on disk, quantized). Raised before the first tensor.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> [(name, tuple(weight.shape)) for name, weight in full_weights(layer)]
+    [('weight', (1, 2)), ('bias', (1,))]
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    entries = list(_entries(model, ""))
+    model = _bare(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # What forward passes have gathered may be older than the shards.
+            module.reshard()
+    found = list(entries(model))
     # transformers' own account of what is tied: name left out of checkpoints -> name kept.
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    _check_tied({entry.name: entry for entry in entries}, tied)
-    return _stream(entries, left_out=set(tied))
+    _check_tied({entry.name: entry for entry in found}, tied)
+    for entry in found:
+        check_readable(entry.tensors)
+    # Likewise: names that checkpoints of the architecture do without.
+    unsaved: list[str] = getattr(model, "_keys_to_ignore_on_save", None) or []
+    kept = {e.name: e for e in _once(found, left_out=set(tied)) if e.name not in unsaved}
+    units = [
+        _Unit(conversion, tuple(kept[name] for name in conversion.sources), dtype)
+        for conversion in conversions(model, kept)
+    ]
+    return _stream(units, model, bucket_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: str
-    tensor: Tensor
-    adapters: tuple[LoraLayer, ...] = ()
-    """LoRA layers that add to the tensor."""
-
-    @property
-    def identity(self) -> tuple[int, ...]:
-        """Equal for entries whose streamed tensor is the same."""
-        return id(self.tensor), *map(id, self.adapters)
-
-    def merged(self) -> Tensor:
-        merged = self.tensor.detach()
-        with torch.no_grad():
-            for layer in self.adapters:
-                for adapter in _acting(layer):
-                    # All layers peft builds have it; the base class does not declare it.
-                    delta: Tensor = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]
-                    # Added in the wider of both precisions, rounded once.
-                    merged = (merged + delta).to(self.tensor.dtype)
-        return merged
+def _bare(model: nn.Module) -> nn.Module:
+    """Without the wrappers of data parallelism, DeepSpeed and peft."""
+    # By name: importing deepspeed to ask for its class would take seconds in runs without it.
+    while isinstance(model, DistributedDataParallel) or any(
+        kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__
+    ):
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _entries(module: nn.Module, prefix: str) -> Iterator[_Entry]:
-    """Parameters and persistent buffers below `module`; adapters count as part of their layer."""
-    if isinstance(module, LoraLayer):
-        yield from _lora_entries(module, prefix)
-    elif isinstance(module, ModulesToSaveWrapper):
-        trained = bool(module.active_adapters) and not module.disable_adapters
-        copy = module.modules_to_save[module.active_adapters[0]] if trained else None
-        yield from _entries(copy if copy is not None else module.original_module, prefix)
-    elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        raise ConfigError(
-            f"{prefix.rstrip('.')} has a {type(module).__name__} adapter, which cannot be merged "
-            "into a stream of weights; use LoRA with target_modules and modules_to_save"
-        )
-    else:
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield _Entry(prefix + name, parameter)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield _Entry(prefix + name, buffer)
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from _entries(child, f"{prefix}{name}.")
-
-
-def _lora_entries(layer: LoraLayer, prefix: str) -> Iterator[_Entry]:
-    acting = _acting(layer)
-    special = [name for name in acting if name in layer.lora_variant or layer.lora_bias.get(name)]
-    if special:
-        raise ConfigError(
-            f"{prefix.rstrip('.')} has the adapter {special[0]!r}, which is more than W + B A "
-            "(DoRA or another variant, or lora_bias) and cannot be merged on the fly; "
-            "use plain LoRA"
-        )
-    # Experts kept as one parameter are adapted by name; all other layers have a weight.
-    adapted = prefix + getattr(layer, "parameter_name", "weight")
-    base = layer.base_layer
-    assert isinstance(base, nn.Module)
-    for entry in _entries(base, prefix):
-        if entry.name != adapted or not acting:
-            yield entry
-        elif not entry.tensor.is_floating_point():
-            raise ConfigError(
-                f"{entry.name} is quantized ({entry.tensor.dtype}); an adapter cannot be merged "
-                "into it on the fly. Load the model in bfloat16 or float32"
-            )
-        else:
-            yield replace(entry, adapters=(*entry.adapters, layer))
-
-
-def _acting(layer: LoraLayer) -> list[str]:
-    """Adapters that the layer's forward pass would add to its base."""
-    if layer.disable_adapters:
-        return []
-    names = [name for name in layer.active_adapters if name not in layer.merged_adapters]
-    return [name for name in names if name in layer.lora_A or name in layer.lora_embedding_A]
-
-
-def _check_tied(entries: dict[str, _Entry], tied: dict[str, str]) -> None:
+def _check_tied(entries: dict[str, Entry], tied: dict[str, str]) -> None:
     for left_out, kept in tied.items():
         both = entries.get(left_out), entries.get(kept)
         if both[0] and both[1] and both[0].identity != both[1].identity:
@@ -140,7 +100,8 @@ def _check_tied(entries: dict[str, _Entry], tied: dict[str, str]) -> None:
             )
 
 
-def _stream(entries: list[_Entry], left_out: set[str]) -> Iterator[tuple[str, Tensor]]:
+def _once(entries: list[Entry], left_out: set[str]) -> Iterator[Entry]:
+    """One entry for each weight; of those that are the same, one whose name is not `left_out`."""
     kept = {entry.identity for entry in entries if entry.name not in left_out}
     done: set[tuple[int, ...]] = set()
     for entry in entries:
@@ -148,4 +109,87 @@ def _stream(entries: list[_Entry], left_out: set[str]) -> Iterator[tuple[str, Te
         if again or (entry.name in left_out and entry.identity in kept):
             continue
         done.add(entry.identity)
-        yield entry.name, entry.merged()
+        yield entry
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Entries that a checkpoint knows only together (as a rule one), and what producing them takes."""
+
+    conversion: Conversion
+    entries: tuple[Entry, ...]
+    dtype: torch.dtype | None
+
+    def shards(self) -> list[tuple[Tensor, torch.dtype]]:
+        """What has to be put together, and in which precision."""
+        return [
+            # What an adapter is added to keeps its precision until then.
+            (tensor, tensor.dtype if entry.adapters else self._dtype(tensor))
+            for entry in self.entries
+            for tensor in entry.tensors
+            if is_sharded(tensor)
+        ]
+
+    def held_bytes(self) -> int:
+        """Of all tensors made for it that live until the bucket's end."""
+        gathered = sum(_bytes(tensor, dtype) for tensor, dtype in self.shards())
+        computed = [
+            entry
+            for entry in self.entries
+            if entry.adapters
+            or not (is_sharded(entry.tensor) or self._dtype(entry.tensor) == entry.tensor.dtype)
+        ]
+        converted = self.entries if self.conversion.converter else ()
+        return COPIES * gathered + sum(
+            _bytes(entry.tensor, self._dtype(entry.tensor)) for entry in (*computed, *converted)
+        )
+
+    def passing_bytes(self) -> int:
+        """Of what lives only while an entry is merged: B A, and the same scaled."""
+        merged = [entry for entry in self.entries if entry.adapters]
+        return max((2 * _bytes(entry.tensor, torch.float32) for entry in merged), default=0)
+
+    def stream(self, model: nn.Module, whole: Mapping[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the checkpoint."""
+        found = self.conversion(
+            {e.name: e.weight(whole).to(self._dtype(e.tensor)) for e in self.entries}, model
+        )
+        # Held nowhere else: whoever drops each tensor has one alive.
+        for name in list(found):
+            yield name, found.pop(name)
+
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> int:
+    return prod(whole_shape(tensor)) * dtype.itemsize
+
+
+def _stream(
+    units: list[_Unit], model: nn.Module, bucket_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
+    for bucket in _buckets(units, bucket_bytes):
+        # A generator of its own, so that all it holds is gone before the next bucket is gathered.
+        yield from _stream_bucket(bucket, model)
+
+
+def _stream_bucket(bucket: list[_Unit], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    whole = gather([shard for unit in bucket for shard in unit.shards()])
+    for unit in bucket:
+        yield from unit.stream(model, whole)
+
+
+def _buckets(units: list[_Unit], limit: int) -> Iterator[list[_Unit]]:
+    """Neighbours whose memory together is within `limit` bytes; a unit beyond it is alone."""
+    bucket: list[_Unit] = []
+    held = passing = 0
+    for unit in units:
+        held += unit.held_bytes()
+        passing = max(passing, unit.passing_bytes())
+        if bucket and held + passing > limit:
+            yield bucket
+            bucket, held, passing = [], unit.held_bytes(), unit.passing_bytes()
+        bucket.append(unit)
+    if bucket:
+        yield bucket

@@ -10,13 +10,23 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from llmac.errors import ConfigError
@@ -71,14 +81,93 @@ def test_a_plain_untied_model_streams_its_state_dict(build):
     assert all(not tensor.requires_grad for tensor in got.values())
 
 
-@pytest.mark.parametrize("model", [qwen2(tied=True), gpt2()], ids=["qwen2", "gpt2"])
-def test_a_tied_model_streams_what_save_pretrained_writes(model, tmp_path):
+SMALL_CONFIGS: dict[str, PretrainedConfig] = {
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    # All experts of a layer are one tensor in memory and one each in a checkpoint.
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
+    "qwen3-moe": Qwen3MoeConfig(
+        **SIZES, head_dim=8, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12
+    ),
+    "gpt-oss": GptOssConfig(
+        **SIZES, head_dim=8, num_local_experts=3, num_experts_per_tok=2, eos_token_id=2
+    ),
+    # Checkpoints have other names.
+    "gpt-neox": GPTNeoXConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        num_attention_heads=2,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2
+    ),
+    "opt": OPTConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        ffn_dim=24,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        word_embed_proj_dim=16,
+    ),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+@pytest.mark.parametrize("config", SMALL_CONFIGS.values(), ids=SMALL_CONFIGS.keys())
+def test_the_stream_is_what_save_pretrained_writes(config, loaded, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
+    if loaded:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
     written = load_file(tmp_path / "model.safetensors")
-    got = dict(full_weights(model))
-    assert "lm_head.weight" not in got
+    got = dict(full_weights(model, bucket_bytes=2000))
     assert set(got) == set(written)
-    assert all(torch.equal(got[name], written[name]) for name in written)
+    for name in written:
+        assert got[name].dtype == written[name].dtype
+        assert torch.equal(got[name], written[name]), name
+
+
+@pytest.mark.parametrize("config", SMALL_CONFIGS.values(), ids=SMALL_CONFIGS.keys())
+def test_a_model_without_memory_says_what_it_would_stream(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    want = {name: tensor.shape for name, tensor in full_weights(model)}
+    assert {name: tensor.shape for name, tensor in full_weights(empty)} == want
+
+
+def test_a_stream_in_another_precision_leaves_integers_alone():
+    model = qwen2()
+    model.register_buffer("steps", torch.tensor(300))
+    got = dict(full_weights(model, dtype=torch.bfloat16))
+    assert got.pop("steps").dtype == torch.int64
+    for name, tensor in got.items():
+        assert torch.equal(tensor, model.state_dict()[name].bfloat16())
+
+
+def test_a_merged_layer_is_rounded_once_in_the_precision_of_the_stream():
+    adapted = with_lora(qwen2(), target_modules=["q_proj"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    want = dict(full_weights(adapted))[name]
+    assert torch.equal(dict(full_weights(adapted, dtype=torch.bfloat16))[name], want.bfloat16())
+
+
+def test_buffers_that_are_not_saved_are_left_out():
+    model = qwen2()
+    model.register_buffer("saved", torch.ones(2))
+    model.register_buffer("derived", torch.ones(2), persistent=False)
+    names = [name for name, _ in full_weights(model)]
+    assert "saved" in names
+    assert "derived" not in names
 
 
 @pytest.mark.parametrize(
