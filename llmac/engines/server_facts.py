@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from llmac.engines.server_protocol import GENERATE, decoded, message_of, tls
-from llmac.errors import EngineError
+from llmac.errors import ConfigError, EngineError
 
 START_IT = "start it with `llmac serve <recipe>`"
 LOOK_SECONDS = 10.0
@@ -60,6 +61,20 @@ class ServerFacts:
                 f"{url} does not describe itself: HTTP {response.status_code} from {path}; expected `vllm serve` 0.32 "
                 f"with VLLM_SERVER_DEV_MODE=1, without which weights cannot be sent. Stop it and {START_IT}"
             ) from error
+
+
+def checked_url(server: str) -> str:
+    """The URL without a slash at the end.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    parts = urlsplit(server)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(
+            f"rollout.servers has {server!r}, which is not a URL; expected something like http://host:8000"
+        )
+    return server.rstrip("/")
 
 
 def wait_until_healthy(url: str, seconds: float) -> None:

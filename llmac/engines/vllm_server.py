@@ -13,56 +13,27 @@ What a dead server costs (`server_pool.py` says when it counts as dead):
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
-from urllib.parse import urlsplit
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from llmac.core.measures import Measure, Sum
 from llmac.core.protocols import Completion, Request
 from llmac.engines.manifest import Manifest
 from llmac.engines.requests import check_requests, end_tokens, request_seeds
-from llmac.engines.server_facts import health_problem
+from llmac.engines.server_facts import checked_url, health_problem
 from llmac.engines.server_fleet import Fleet, LocalServer
 from llmac.engines.server_pool import Job, Pool, Server
 from llmac.engines.server_protocol import WeightLabel, body_of, completions_of
+from llmac.engines.server_ranks import Lockstep, Ranks, WeightStream, told
 from llmac.engines.server_session import Sender
-from llmac.errors import ConfigError, EngineError, LlmacError
-
-T = TypeVar("T")
-WeightStream = Iterable[tuple[str, Tensor]]
+from llmac.errors import EngineError, LlmacError
 
 RECOVERIES = 3
 """Times one `generate` gets over the death of all servers."""
 FINE, LOST, UNSERVED, FAILED = range(4)
 """How `generate` went on a rank; the worst one decides what all ranks do."""
-
-
-class Ranks(Protocol):
-    """How the processes of the job talk to each other. Implementation: `runtime.context.Runtime`."""
-
-    rank: int
-    world_size: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0."""
-        ...
-
-    def broadcast(self, item: T) -> T:
-        """Rank 0's object on every rank."""
-        ...
-
-    def gather(self, item: T) -> list[T]:
-        """Every rank's object, on every rank."""
-        ...
-
-    def max(self, number: float) -> float:
-        """The largest over the ranks."""
-        ...
 
 
 class VLLMServerEngine:
@@ -124,7 +95,7 @@ class VLLMServerEngine:
         self._fleet: Fleet | None = None
         self._servers: list[Server] = []
         self._agreed: set[str] = set()
-        urls = [_url(server) for server in servers]
+        urls = [checked_url(server) for server in servers]
         error: LlmacError | None = None
         found: _Found | None = None
         if ranks.is_main:
@@ -142,11 +113,11 @@ class VLLMServerEngine:
             except LlmacError as failure:
                 error = failure
         with self._closed_if_it_fails():
-            found = self._told(error, found)[0]
+            found = told(self._ranks, error, found)[0]
             assert found is not None, "rank 0 raised nothing"
             self._run, self._max_tokens, self._servers = found
             self._agreed = {server.url for server in self._servers}
-            self._told(self._unreachable(), None)
+            told(self._ranks, self._unreachable(), None)
 
     @property
     def policy_version(self) -> int:
@@ -174,7 +145,7 @@ class VLLMServerEngine:
             worst = self._ranks.max(ended)
             if worst > FINE:
                 self._lose(*self._ranks.gather(lost))
-                self._told(error, None)
+                told(self._ranks, error, None)
             if worst < UNSERVED:
                 return complete
             self._recover()
@@ -326,7 +297,7 @@ class VLLMServerEngine:
         """One update of the living servers; whether at least one took all of it."""
         self._updates += 1
         label = WeightLabel.of_update(version, update=self._updates, run=self._run)
-        stream = _Lockstep(weights)
+        stream = Lockstep(weights)
         checked = self._manifest.checked(stream)
         lost: Mapping[str, str] = {}
         error: EngineError | None = None
@@ -344,7 +315,7 @@ class VLLMServerEngine:
                 raise  # gathering failed, on every rank or with the ranks out of step: nobody can be told
             error = _as_engine_error(failure, version)
         stream.drain()
-        self._lose(self._told(error, lost)[0])
+        self._lose(told(self._ranks, error, lost)[0])
         if not self._agreed:
             return False
         self._label, self._incomplete = label, None
@@ -369,14 +340,6 @@ class VLLMServerEngine:
             self._failures += len(lost)
             self._fleet.lose(lost)
 
-    def _told(self, error: LlmacError | None, report: T) -> list[T]:
-        """Every rank's report; if one has an error, it is raised on all."""
-        reports = self._ranks.gather((str(error) if error is not None else None, report))
-        for rank, (text, _) in enumerate(reports):
-            if text is not None:
-                raise error if error is not None else EngineError(f"rank {rank}: {text}")
-        return [report for _, report in reports]
-
     def _obituary(self) -> str:
         """What every server was lost for."""
         return "; ".join(f"{server.url}: {server.why or 'healthy'}" for server in self._servers)
@@ -398,32 +361,6 @@ _Found = tuple[str, int, list[Server]]
 """What rank 0 tells the others at the start: a name for the run, the longest sequence, the servers."""
 
 
-class _Lockstep:
-    """A stream that every rank can be made to read to the end."""
-
-    def __init__(self, weights: WeightStream) -> None:
-        self._items = iter(weights)
-        self.broken = False
-        """It raised."""
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self
-
-    def __next__(self) -> tuple[str, Tensor]:
-        try:
-            return next(self._items)
-        except StopIteration:
-            raise
-        except BaseException:
-            self.broken = True
-            raise
-
-    def drain(self) -> None:
-        """Read what is left and keep nothing of it."""
-        for _ in self._items:
-            pass
-
-
 def _as_engine_error(failure: Exception, version: int) -> EngineError:
     if isinstance(failure, EngineError):
         return failure
@@ -432,16 +369,6 @@ def _as_engine_error(failure: Exception, version: int) -> EngineError:
     )
     error.__cause__ = failure
     return error
-
-
-def _url(server: str) -> str:
-    """The URL without a slash at the end; refuses what is none."""
-    parts = urlsplit(server)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(
-            f"rollout.servers has {server!r}, which is not a URL; expected something like http://host:8000"
-        )
-    return server.rstrip("/")
 
 
 def _generation_config(model: str, revision: str | None) -> GenerationConfig | None:
