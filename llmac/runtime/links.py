@@ -44,7 +44,7 @@ class Link:
     rank: int
     socket: socket.socket
     heard: float = field(default_factory=time.monotonic)
-    doing: str = ""
+    phase: str = ""
     incoming: bytes = b""
     unsent: bytes = b""
 

@@ -9,8 +9,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from torch.distributed import DistError
@@ -25,21 +24,6 @@ EXIT_OTHER_RANK_GONE = 121
 LEAVING_SECONDS = 60.0
 """How long a process that was told, and has begun to clean up, may take for it."""
 LONGEST_BEAT_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """Why the run cannot go on."""
-
-    text: str
-    """What became of which rank: a sentence without its full stop."""
-    silent: bool
-    """Whether that rank may still exist."""
-
-    def error(self, me: str) -> LlmacError:
-        """What the rank called `me` should say."""
-        kind = StalledError if self.silent else ConsistencyError
-        return kind(f"{self.text}; this process, {me}, ends")
 
 
 class Liveness:
@@ -73,7 +57,7 @@ class Liveness:
         self, ranks: Ranks, links: dict[int, Link], *, patience: float, grace: float
     ) -> None:
         """Watch over `links`; `start` makes them."""
-        self._doing: Callable[[], str] = str
+        self._phase = ""
         self._rank = ranks.rank
         self._names = {
             rank: f"rank {rank} ({host}, pid {pid})"
@@ -87,7 +71,8 @@ class Liveness:
         self._told = threading.Event()
         self._leaving = threading.Event()
         self._closed = threading.Event()
-        self._verdict: Verdict | None = None
+        self._finding: tuple[str, bool] | None = None
+        self._error: LlmacError | None = None
         self._wake, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         for link in links.values():
@@ -122,10 +107,10 @@ class Liveness:
         links = meet(ranks) if ranks.world_size > 1 else {}
         return cls(ranks, links, patience=patience_seconds, grace=grace_seconds)
 
-    def describe(self, doing: Callable[[], str]) -> None:
-        """From now on `doing`, called by another thread, says in which phase this rank is."""
-        self._doing = doing
-        self._say(kind="beat", doing=doing())
+    def doing(self, phase: str) -> None:
+        """This rank is now in `phase`; the others will say so if it never leaves it."""
+        self._phase = phase
+        self._say(kind="beat", phase=phase)
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
@@ -141,9 +126,9 @@ class Liveness:
             if len(self._names) > 1 and _is_of_communication(error):
                 # The rank at fault may be heard of a moment later than its closed connections.
                 self._told.wait(self._grace)
-                if self._verdict is not None:
+                if self._error is not None:
                     self._leave()
-                    raise self._verdict.error(self._me()) from error
+                    raise self._error from error
             self.farewell(f"{type(error).__name__}: {error}")
             raise
 
@@ -151,7 +136,7 @@ class Liveness:
         """Tell the others why this rank ends before it is done. Only the first word counts."""
         if not self._leaving.is_set():
             self._leave()
-            self._say(kind="farewell", text=f"failed{self._phase()} with {reason}")
+            self._say(kind="farewell", text=f"failed{_in(self._phase)} with {reason}")
 
     def close(self) -> None:
         """Say goodbye, unless there was a farewell, and stop watching. Safe to call twice.
@@ -201,11 +186,11 @@ class Liveness:
                     link.heard = now
             last_look = now
             if now >= next_beat:
-                self._say(kind="beat", doing=self._doing())
+                self._say(kind="beat", phase=self._phase)
                 next_beat = now + self._beat_seconds
             self._judge(now)
-            if self._verdict is not None:
-                self._end(self._verdict)
+            if self._finding is not None:
+                self._end(*self._finding)
                 return
 
     def _listen(self, link: Link) -> None:
@@ -226,13 +211,13 @@ class Liveness:
 
     def _hear(self, link: Link, message: dict[str, Any]) -> None:
         match message:
-            case {"kind": "beat", "doing": doing}:
-                link.doing = doing
+            case {"kind": "beat", "phase": phase}:
+                link.phase = phase
             case {"kind": "goodbye"}:
                 self._drop(link)
             case {"kind": "farewell", "text": text}:
                 self._find(f"{self._names[link.rank]} {text}")
-            case {"kind": "verdict", "text": text, "silent": silent}:
+            case {"kind": "finding", "text": text, "silent": silent}:
                 self._find(text, silent=silent)
 
     def _judge(self, now: float) -> None:
@@ -241,29 +226,31 @@ class Liveness:
             if silence > self._patience:
                 self._find(
                     f"{self._names[link.rank]} has been silent for {silence:.0f} s"
-                    f"{_in_phase(link.doing)} (patience_seconds is {self._patience:g})",
+                    f"{_in(link.phase)} (patience_seconds is {self._patience:g})",
                     silent=True,
                 )
 
     def _lost(self, link: Link, how: str) -> None:
         self._drop(link)
-        self._find(f"{self._names[link.rank]} died{_in_phase(link.doing)}: {how}")
+        self._find(f"{self._names[link.rank]} died{_in(link.phase)}: {how}")
 
     def _find(self, text: str, *, silent: bool = False) -> None:
-        if self._verdict is None:
-            self._verdict = Verdict(text=text, silent=silent)
+        if self._finding is None:
+            self._finding = text, silent
 
     def _drop(self, link: Link) -> None:
         if self._links.pop(link.rank, None) is not None:
             self._selector.unregister(link.socket)
             link.socket.close()
 
-    def _end(self, verdict: Verdict) -> None:
-        self._say(kind="verdict", text=verdict.text, silent=verdict.silent)
-        error = verdict.error(self._me())
+    def _end(self, text: str, silent: bool) -> None:
+        self._say(kind="finding", text=text, silent=silent)
+        me = f"{self._names[self._rank]}{_in(self._phase)}"
+        kind = StalledError if silent else ConsistencyError
+        self._error = kind(f"{text.rstrip('.')}; this process, {me}, ends")
         # In a thread of its own: the main one may hold a lock of the logging system for ever. At
         # once: a launcher that sees a dead child ends the others a moment later.
-        report = threading.Thread(target=logger.error, args=("%s", error), daemon=True)
+        report = threading.Thread(target=logger.error, args=("%s", self._error), daemon=True)
         report.start()
         report.join(timeout=2.0)
         self._told.set()
@@ -275,12 +262,6 @@ class Liveness:
         with self._sending:
             for link in list(self._links.values()):
                 link.send(line)
-
-    def _me(self) -> str:
-        return f"{self._names[self._rank]}{self._phase()}"
-
-    def _phase(self) -> str:
-        return _in_phase(self._doing())
 
 
 def _is_of_communication(error: BaseException | None) -> bool:
@@ -294,8 +275,8 @@ def _is_of_communication(error: BaseException | None) -> bool:
     return False
 
 
-def _in_phase(doing: str) -> str:
-    return f" in phase '{doing}'" if doing else ""
+def _in(phase: str) -> str:
+    return f" in phase '{phase}'" if phase else ""
 
 
 _open: weakref.WeakSet[Liveness] = weakref.WeakSet()

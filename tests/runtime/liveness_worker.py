@@ -29,7 +29,7 @@ def work(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     runtime = Runtime.create(seed=0, output=None)
     liveness = Liveness.start(runtime, patience_seconds=patience, grace_seconds=grace)
-    liveness.describe(lambda: task)
+    liveness.doing(task)
     try:
         with liveness.reporting():
             say("ready")
