@@ -26,31 +26,45 @@ STREAM_BYTES = {"float32": 4, "bfloat16": 2, "autocast": 4}
 """A number's bytes in the residual stream: what gradient checkpointing keeps of a layer."""
 COMPUTE_BYTES = {"float32": 4, "bfloat16": 2, "autocast": 2}
 """A number's bytes inside attention and feed-forward."""
+LAST_NORM_BYTES = {"float32": 8, "bfloat16": 6, "autocast": 8}
+"""A token's bytes in the norm after the last layer, in units of the hidden size."""
 CHUNKS_ALIVE = 4
 """Blocks of logits at a time, see `llmac.models.logprobs`."""
 
 
-def activation_bytes(
+def kept_bytes(
     model: Skeleton, tokens: int, precision: Precision, *, gradient_checkpointing: bool
 ) -> int:
-    """Bytes alive in the middle of forward and backward of one micro-batch, weights and their gradients apart.
+    """Bytes a forward pass leaves for the backward pass, copies of weights apart.
 
-        without checkpointing   tokens · (layers · layer + 8 h + working)
-        with                    tokens · (layers · stream · h + layer + 8 h + working)
-
-    8 h for the last norm, and while a layer goes backward the gradients of three of its widest tensors and of three of
-    the residual stream.
+        without checkpointing   tokens · (layers · layer + last norm)
+        with                    tokens · (layers · stream + last norm)
 
     Args:
         model: sizes.
         tokens: of the micro-batch, padding included.
         precision: of weights and computation.
-        gradient_checkpointing: keep the layers' inputs only, and recompute one layer at a time.
+        gradient_checkpointing: keep the layers' inputs only.
     """
-    layer, stream = layer_bytes(model, precision), STREAM_BYTES[precision] * model.hidden
-    kept = model.layers * stream + layer if gradient_checkpointing else model.layers * layer
-    working = 3 * COMPUTE_BYTES[precision] * model.intermediate + 3 * stream
-    return tokens * (kept + 8 * model.hidden + working)
+    stream = STREAM_BYTES[precision] * model.hidden
+    layer = stream if gradient_checkpointing else layer_bytes(model, precision)
+    return tokens * (model.layers * layer + LAST_NORM_BYTES[precision] * model.hidden)
+
+
+def backward_bytes(
+    model: Skeleton, tokens: int, precision: Precision, *, gradient_checkpointing: bool
+) -> int:
+    """Bytes alive when the backward pass begins: what is kept, and the work in one layer.
+
+        kept + tokens · (layer, if it is recomputed, + 2 · widest tensor + 2 · stream)
+
+    The last two are gradients on their way through the layer.
+    """
+    recomputed = layer_bytes(model, precision) if gradient_checkpointing else 0
+    passing = 2 * COMPUTE_BYTES[precision] * model.intermediate
+    passing += 2 * STREAM_BYTES[precision] * model.hidden
+    kept = kept_bytes(model, tokens, precision, gradient_checkpointing=gradient_checkpointing)
+    return kept + tokens * (recomputed + passing)
 
 
 def layer_bytes(model: Skeleton, precision: Precision) -> int:
@@ -67,16 +81,26 @@ def layer_bytes(model: Skeleton, precision: Precision) -> int:
 
 
 @lru_cache(maxsize=64)
-def cast_bytes(model: Skeleton, precision: Precision, *, gradient_checkpointing: bool) -> int:
-    """Bfloat16 copies of float32 matrices under autocast.
-
-    Copies of trainable matrices are kept until the pass is over; those of frozen ones only by the layers whose backward
-    pass is still to come.
-    """
+def cast_bytes(model: Skeleton, precision: Precision) -> int:
+    """Bfloat16 copies of the trainable float32 matrices that autocast holds until the forward pass is over."""
     if precision != "autocast":
         return 0
-    cast = [w for w in model.weights if w.linear and (w.trainable or not gradient_checkpointing)]
-    return 2 * sum(weight.elements for weight in cast)
+    return 2 * sum(
+        weight.elements for weight in model.weights if weight.linear and weight.trainable
+    )
+
+
+@lru_cache(maxsize=64)
+def backward_cast_bytes(
+    model: Skeleton, precision: Precision, *, gradient_checkpointing: bool
+) -> int:
+    """Copies of matrices, frozen ones too, that layers need whose backward pass is still to come."""
+    if precision != "autocast":
+        return 0
+    matrices = [weight for weight in model.weights if weight.linear]
+    if gradient_checkpointing:  # of the layer at work
+        matrices = [weight for weight in matrices if weight.block == 0]
+    return 2 * sum(weight.elements for weight in matrices)
 
 
 def logits_bytes(model: Skeleton, tokens: int, chunk_mb: int) -> int:

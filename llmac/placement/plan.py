@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from llmac.config.schema import Recipe
 from llmac.errors import ConfigError
-from llmac.placement.activations import Precision, activation_bytes, cast_bytes, logits_bytes
+from llmac.placement.activations import (
+    Precision,
+    backward_bytes,
+    backward_cast_bytes,
+    cast_bytes,
+    kept_bytes,
+    logits_bytes,
+)
 from llmac.placement.sampling import GIB, Sampler, hf_sampler, vllm_sampler
 from llmac.placement.sharding import Held, Sharding, held
 from llmac.placement.skeletons import (
@@ -158,8 +165,9 @@ class _Parts:
     critic: Held
     reference: Held
     rewards: int
-    policy_pass: Mapping[str, int]
-    critic_pass: Mapping[str, int]
+    policy_moments: tuple[Mapping[str, int], ...]
+    """The end of the forward pass and the begin of the backward pass, each item by its name."""
+    critic_moments: tuple[Mapping[str, int], ...]
     loaded: int
     """The largest model, whole, as every rank reads it into main memory."""
 
@@ -177,17 +185,19 @@ class _Parts:
         if spec.dtype == "float32" and spec.compute_dtype:
             precision = "autocast"
 
-        def passing(model: Skeleton) -> dict[str, int]:
-            checkpointing = spec.gradient_checkpointing
-            return {
-                "bfloat16 copies of weights": cast_bytes(
-                    model, precision, gradient_checkpointing=checkpointing
-                ),
-                "activations": activation_bytes(
-                    model, tokens, precision, gradient_checkpointing=checkpointing
-                ),
+        def moments(model: Skeleton) -> tuple[dict[str, int], ...]:
+            sizes = {"gradient_checkpointing": spec.gradient_checkpointing}
+            forward_ends = {
+                "bfloat16 copies of weights": cast_bytes(model, precision),
+                "activations": kept_bytes(model, tokens, precision, **sizes),
             }
+            backward_begins = {
+                "bfloat16 copies of weights": backward_cast_bytes(model, precision, **sizes),
+                "activations": backward_bytes(model, tokens, precision, **sizes),
+            }
+            return forward_ends, backward_begins
 
+        logits = {"logits": logits_bytes(policy, tokens, spec.logprob_chunk_mb)}
         # A head on the policy's trunk sees hidden vectors that were computed without gradient.
         own_trunk = settings is not None and settings.trunk == "own"
         return cls(
@@ -197,9 +207,8 @@ class _Parts:
             critic=held(critic, sharding, ranks) if critic is not None else Held(),
             reference=held(reference, sharding, ranks) if reference is not None else Held(),
             rewards=sum(model.bytes for model in rewards),
-            policy_pass=passing(policy)
-            | {"logits": logits_bytes(policy, tokens, spec.logprob_chunk_mb)},
-            critic_pass=passing(critic) if critic is not None and own_trunk else {},
+            policy_moments=tuple(moment | logits for moment in moments(policy)),
+            critic_moments=moments(critic) if critic is not None and own_trunk else (),
             loaded=max(
                 model.bytes for model in (policy, critic, reference, *rewards) if model is not None
             ),
@@ -233,20 +242,23 @@ def _phases(recipe: Recipe, parts: _Parts, sampler: Sampler, *, several: bool) -
     awake = sampling if colocated else {}
     asleep = {"sleeping sampler": sampler.asleep} if colocated else {}
 
-    def learning(name: str, one: Held, other: Held, passing: Mapping[str, int]) -> dict[str, int]:
-        """The larger of two moments: the backward pass, or the optimizer's step."""
-        backward = {**passing, "buffers": one.buffers + other.idle_buffers}
-        step = {"optimizer's step": one.update, "buffers": one.idle_buffers + other.idle_buffers}
-        larger = max(backward, step, key=lambda moment: sum(moment.values()))
-        return trained | asleep | idle | {f"{name} gradients": one.gradients} | larger
+    def learning(
+        name: str, one: Held, other: Held, passes: tuple[Mapping[str, int], ...]
+    ) -> dict[str, int]:
+        """The largest of three moments: the two of the pass, and the optimizer's step."""
+        moments = [{**moment, "buffers": one.buffers + other.idle_buffers} for moment in passes]
+        idle_buffers = one.idle_buffers + other.idle_buffers
+        moments.append({"optimizer's step": one.update, "buffers": idle_buffers})
+        largest = max(moments, key=lambda moment: sum(moment.values()))
+        return trained | asleep | idle | {f"{name} gradients": one.gradients} | largest
 
     everything = {
         "start": loaded | awake,
         "generate": trained | idle | awake,
-        "learn policy": learning("policy", policy, critic, parts.policy_pass),
+        "learn policy": learning("policy", policy, critic, parts.policy_moments),
     }
     if parts.critic_shape is not None:
-        everything["learn critic"] = learning("critic", critic, policy, parts.critic_pass)
+        everything["learn critic"] = learning("critic", critic, policy, parts.critic_moments)
     arriving = {"sync bucket": bucket + (sampler.loading if colocated else 0)}
     everything["sync"] = trained | idle | awake | arriving
     if not colocated:
