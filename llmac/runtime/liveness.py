@@ -37,20 +37,24 @@ class Liveness:
         process ended, kill -9   its kernel closes the connection         at once
         an exception             it says so itself (`reporting`)          at once
         host or network gone     its kernel acknowledges nothing          `HOST_TIMEOUT_SECONDS`
-        stopped, or deadlocked   no beat                                  `patience_seconds`
+        stopped, or stuck in C   no beat                                  `patience_seconds`
         normal end               it says so itself (`close`)              nobody minds
 
-    A process in C code that holds Python's lock cannot beat, so patience must exceed the longest
-    such call; a closed connection needs no patience. Who learns of the end of another logs it, then
-    leaves the main thread `grace_seconds` to fail by itself and clean up, and ends the process with
-    `EXIT_OTHER_RANK_GONE` if it does not. Deadlocked collectives hear nothing else.
+    C code that holds Python's lock cannot beat, so patience must exceed the longest such call; a
+    closed connection needs no patience. A rank that merely waits goes on beating: that nothing
+    moves is for `Phases` to find. Who learns of the end of another logs it, leaves the main thread
+    `grace_seconds` to fail by itself and clean up, and ends the process with `EXIT_OTHER_RANK_GONE`
+    if it does not: a thread inside a collective does not hear exceptions.
 
-    In one process there is nothing to watch, and everything here does nothing.
+    In one process there is nobody to watch, and everything here does nothing.
 
-        liveness = Liveness.start(runtime)
-        with liveness.reporting():
-            train()
-        liveness.close()
+    >>> from llmac.runtime.context import Runtime
+    >>> runtime = Runtime.create(seed=0, output=None)
+    >>> liveness = Liveness.start(runtime)
+    >>> with liveness.reporting():
+    ...     liveness.doing("gen")
+    >>> runtime.close()
+    >>> liveness.close()
     """
 
     def __init__(
@@ -198,11 +202,13 @@ class Liveness:
             received = link.socket.recv(1 << 16)
         except BlockingIOError:
             return
+        except ConnectionResetError:  # it ended before it read all that it was told
+            received = b""
         except OSError as error:
-            self._lost(link, f"its connection failed ({error})")
+            self._lost(link, "cannot be reached any more", str(error))
             return
         if not received:
-            self._lost(link, "it closed its connection without a word")
+            self._lost(link, "died", "its connection closed without a word")
             return
         link.heard = time.monotonic()
         *lines, link.incoming = (link.incoming + received).split(b"\n")
@@ -230,9 +236,9 @@ class Liveness:
                     silent=True,
                 )
 
-    def _lost(self, link: Link, how: str) -> None:
+    def _lost(self, link: Link, what: str, evidence: str) -> None:
         self._drop(link)
-        self._find(f"{self._names[link.rank]} died{_in(link.phase)}: {how}")
+        self._find(f"{self._names[link.rank]} {what}{_in(link.phase)}: {evidence}")
 
     def _find(self, text: str, *, silent: bool = False) -> None:
         if self._finding is None:
