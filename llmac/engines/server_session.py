@@ -1,13 +1,15 @@
 """One update of the weights of several servers at once, as the rank that feeds them sees it.
 
-    pause -> start -> bucket, bucket, ... -> finish under a label -> empty the prefix cache -> resume
+    pause, label `incomplete` -> start -> bucket, bucket, ... -> finish under a label -> empty prefix cache -> resume
 
-A server on which a step fails is left paused: it may hold half of an update, and must not sample before a whole one.
+A server on which a step fails stays paused and labelled `incomplete`: it may hold half of an update, and what somebody
+makes it sample all the same is recognised by its label.
 """
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import httpx
@@ -16,6 +18,9 @@ from torch import Tensor
 from llmac.engines.server_protocol import decoded, message_of, tls
 
 CONNECT_SECONDS = 10.0
+INCOMPLETE = "incomplete"
+BREAK_OFF = {"abort": True}
+"""A bucket that no server can read: it answers with an error and ends the update that was open."""
 
 
 class Sender(Protocol):
@@ -33,7 +38,10 @@ class Sender(Protocol):
     def buckets(
         self, stream: Iterable[tuple[str, Tensor]]
     ) -> Generator[dict[str, Any], None, None]:
-        """The stream, bucket by bucket: what to tell all servers so that they fetch it before the next is asked for."""
+        """The stream, bucket by bucket: what to tell all servers so that they fetch it.
+
+        A bucket can be fetched until the next but one is asked for, so that gathering overlaps with loading.
+        """
         ...
 
     def close(self) -> None:
@@ -77,26 +85,23 @@ class WeightSession:
             the rest of the stream is not read.
         """
         lost: dict[str, str] = {}
-
-        def everywhere(step: Callable[[str], None]) -> None:
-            left = [url for url in urls if url not in lost]
-            for url, done in [(url, threads.submit(step, url)) for url in left]:
-                try:
-                    done.result()
-                except SessionError as error:
-                    lost[url] = str(error)
-
         with (
-            ThreadPoolExecutor(max_workers=max(1, len(urls))) as threads,
-            # Closed, not abandoned: the sender gets its buffer back whatever happens.
+            # Closed last, when no server reads any more; and always, so that the sender gets its buffers back.
             contextlib.closing(self._sender.buckets(weights)) as buckets,
+            ThreadPoolExecutor(max_workers=max(1, len(urls))) as threads,
         ):
-            everywhere(self._open)
-            while len(lost) < len(urls) and (bucket := next(buckets, None)) is not None:
-                everywhere(
-                    lambda url, b=bucket: self._post(url, "/update_weights", {"update_info": b})
-                )
-            everywhere(lambda url: self._finish(url, label))
+
+            def everywhere(step: Callable[[str], None]) -> dict[str, Future[None]]:
+                return {url: threads.submit(step, url) for url in urls if url not in lost}
+
+            under_way = everywhere(self._open)
+            for bucket in buckets:
+                lost |= _failures(under_way)
+                if len(lost) == len(urls):
+                    return lost
+                under_way = everywhere(partial(self._update, bucket=bucket))
+            lost |= _failures(under_way)
+            lost |= _failures(everywhere(partial(self._finish, label=label)))
         return lost
 
     def close(self) -> None:
@@ -106,13 +111,17 @@ class WeightSession:
 
     def _open(self, url: str) -> None:
         self._post(url, "/pause?mode=abort")
+        self._post(url, "/update_weight_version", {"new_version": INCOMPLETE})
         try:
             self._post(url, "/start_weight_update")
         except SessionError:
-            # An earlier update broke off there and is still open; vLLM has no other way to end it.
+            # An earlier update broke off there and is still open.
             with contextlib.suppress(SessionError):
-                self._post(url, "/finish_weight_update")
+                self._update(url, BREAK_OFF)
             self._post(url, "/start_weight_update")
+
+    def _update(self, url: str, bucket: Mapping[str, Any]) -> None:
+        self._post(url, "/update_weights", {"update_info": bucket})
 
     def _finish(self, url: str, label: str) -> None:
         self._post(url, "/finish_weight_update", {"weight_version": label})
@@ -131,3 +140,14 @@ class WeightSession:
         if response.status_code != 200:
             raise SessionError(f"{path}: HTTP {response.status_code}: {message_of(answer)}")
         return answer
+
+
+def _failures(steps: Mapping[str, Future[None]]) -> dict[str, str]:
+    """Wait for all; why not, for each server whose step failed."""
+    failures: dict[str, str] = {}
+    for url, step in steps.items():
+        try:
+            step.result()
+        except SessionError as error:
+            failures[url] = str(error)
+    return failures

@@ -125,7 +125,8 @@ class FakeServer:
             "/pause": lambda: self._pause(True),
             "/resume": lambda: self._pause(False),
             "/start_weight_update": self._start_update,
-            "/update_weights": lambda: self.session.update(body["update_info"]) or {},
+            "/update_weights": lambda: self._update(body["update_info"]),
+            "/update_weight_version": lambda: self._label(body["new_version"]),
             "/finish_weight_update": lambda: self._finish_update(body),
             "/reset_prefix_cache": lambda: {"success": True},
             "/inference/v1/generate": lambda: self._generate(body),
@@ -147,7 +148,22 @@ class FakeServer:
         self.session = {}
         return {}
 
+    def _label(self, label):
+        self.label = label
+        return {}
+
+    def _update(self, bucket):
+        if self.session is None:
+            raise RuntimeError("no weight update is active")
+        if "abort" in bucket:
+            self.session = None
+            raise RuntimeError("aborted")
+        self.session.update(bucket)
+        return {}
+
     def _finish_update(self, body):
+        if self.session is None:
+            raise RuntimeError("no weight update is active")
         self.weights, self.session = self.session, None
         if body:
             self.label = body["weight_version"]

@@ -563,6 +563,7 @@ def test_an_update_is_one_session_on_every_server(build, servers, weights):
     for server in servers:
         assert server.calls == [
             "/pause?mode=abort",
+            "/update_weight_version",
             "/start_weight_update",
             *["/update_weights"] * math.ceil(len(weights) / 8),
             "/finish_weight_update",
@@ -590,11 +591,41 @@ def test_after_an_incomplete_update_it_refuses_until_a_complete_one(
     with pytest.raises(EngineError, match=named):
         engine.load_weights(spoil(weights), version=2)
     assert engine.policy_version == 1
-    assert all(server.paused for server in servers)
+    assert all(server.paused and server.label == "incomplete" for server in servers)
     with pytest.raises(EngineError, match="incomplete weights: the update to version 2"):
         engine.generate(ask())
     engine.load_weights(weights, version=3)
     check_answers(engine.generate(ask()), ask(), version=3)
+
+
+def test_a_bucket_is_gathered_while_the_one_before_is_loaded_and_never_overwritten(
+    build, servers, weights
+):
+    """A bucket is readable until the next but one is asked for; a server here loads until the next is asked for."""
+    asked = [threading.Event() for _ in range(20)]
+    overwritten = []
+
+    class TwoBuffers(FakeSender):
+        def buckets(self, stream):
+            for place, bucket in enumerate(super().buckets(stream)):
+                asked[place].set()
+                yield {**bucket, "place": place}
+            asked[place + 1].set()
+
+    def load(path, body):
+        if path == "/update_weights":
+            place = body["update_info"].pop("place")
+            assert asked[place + 1].wait(timeout=5)
+            time.sleep(0.05)
+            overwritten.append(asked[place + 2].is_set())
+        return None
+
+    engine = build(servers=servers, sender=TwoBuffers)
+    for server in servers:
+        server.broken = load
+    engine.load_weights(weights, version=1)
+    assert overwritten == [False] * 3 * math.ceil(len(weights) / 8)
+    assert servers[2].weights == {name: float(tensor.sum()) for name, tensor in weights}
 
 
 def fails_at(wanted, answer, count=1):
@@ -604,6 +635,7 @@ def fails_at(wanted, answer, count=1):
 
 STEPS = [
     "/pause",
+    "/update_weight_version",
     "/update_weights",
     "/finish_weight_update",
     "/reset_prefix_cache",
