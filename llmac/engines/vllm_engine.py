@@ -1,33 +1,31 @@
-"""Sampling with vLLM inside this process. The only file of the project that imports vllm, and only inside methods.
+"""Sampling with vLLM inside the training process: one engine a rank, or one for several neighbouring ranks.
 
-Facts this file rests on (vLLM 0.32), each guarded or proved at run time by `probe.py`:
-    - An update is ONE `reload_weights` call over the complete stream. A fused layer split over two calls ends up
-      neither old nor new, silently; a stream that breaks off leaves layers without weights, so `generate` refuses until
-      a complete one has arrived.
-    - On CPU, vLLM packs weights for its matrix kernels. `reload_weights` packs them again, except a tied `lm_head`,
-      which keeps computing with the old ones: packing is switched off, and `lm_head` is dispatched anew each time.
-    - On CPU, building an engine replaces `torch.set_num_threads` by a function that does nothing, sets the threads
-      to 1, reseeds the random states and edits the environment; all are put back.
+The rules an engine keeps are in files that know no vLLM: `readiness.py` (asleep, incomplete, ready),
+`tensor_parallel.py` (ranks that share an engine), `manifest.py` (complete weights). What is particular to vLLM is in
+`vllm_process.py` (a guest in this process), `vllm_weights.py` (how weights get in) and `vllm_translation.py`.
 """
 
-import contextlib
 import gc
 import logging
-import os
-import random
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from llmac.core.protocols import Completion, Request, SamplingParams
-from llmac.core.types import Finish
+from llmac.engines import vllm_process, vllm_weights
+from llmac.engines.deep_sleep import survives_discarding
 from llmac.engines.manifest import Manifest
+from llmac.engines.readiness import Readiness, SleepLevel
 from llmac.engines.requests import check_requests, end_tokens, request_seeds
-from llmac.errors import EngineError
+from llmac.engines.tensor_parallel import Offer, TensorParallelGroup, joined, own_part
+from llmac.engines.vllm_translation import completions, translated
+from llmac.errors import EngineError, LlmacError
 
 if TYPE_CHECKING:
     import vllm
@@ -36,14 +34,7 @@ logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_MB = 256
 """Default room for keys and values on CPU, where vLLM would take 4 GiB or half of the memory."""
-NOT_INSTALLED = (
-    "rollout.engine is vllm, but vLLM is not installed here; run `pip install llmac[rollout]` on a machine with GPUs "
-    "or `pip install llmac[cpu]` without, or set rollout.engine=hf"
-)
-MEMORY_KNOBS = (
-    "lower rollout.max_model_len or rollout.max_num_seqs; give the engine more with rollout.gpu_memory_utilization "
-    "(GPU) or rollout.kv_cache_mb; or lower actor.max_tokens_per_microbatch if training holds the memory"
-)
+CLOSED = "the vLLM engine is closed; build a new one"
 
 
 class VLLMEngine:
@@ -61,10 +52,11 @@ class VLLMEngine:
         enforce_eager: bool = False,
         max_num_seqs: int = 256,
         tensor_parallel_size: int = 1,
+        sleep_level: SleepLevel = 1,
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
-        """Build the engine on the weights of a checkpoint.
+        """Build the engine on the weights of a checkpoint; every rank of the job, in step.
 
         Args:
             model: Hub id or folder.
@@ -75,14 +67,22 @@ class VLLMEngine:
             kv_cache_mb: room for keys and values, MiB; None: what `gpu_memory_utilization` leaves, 256 on CPU.
             enforce_eager: no CUDA graphs: quicker start, slower sampling. Always on without a GPU.
             max_num_seqs: responses sampled at once.
-            tensor_parallel_size: GPUs a model is cut over; above 1, every rank of the job calls the engine in step.
+            tensor_parallel_size: neighbouring ranks that share an engine, each with a part of the model; all of them
+                call `generate`, `load_weights`, `sleep` and `wake` in step.
+            sleep_level: what `sleep` frees on a GPU. 0: nothing. 1: keys and values; weights move to main memory.
+                2: weights are discarded, and every sleep must be followed by `load_weights`; if this architecture does
+                not survive that at the start, a warning, and 1. Weights always arrive whole, adapters merged, so the
+                base of a LoRA run need not survive in the engine. On CPU nothing is ever freed.
             trust_remote_code: run code that comes with the checkpoint.
             revision: branch, tag or commit on the Hub.
 
         Raises:
+            ConfigError: the ranks cannot be divided into groups of `tensor_parallel_size`.
             EngineError: vLLM is missing, does not start, or memory does not suffice; the message names the way out.
         """
         self._llm: vllm.LLM | None = None
+        self._job_has_group = torch.distributed.is_initialized()
+        self._group = TensorParallelGroup(tensor_parallel_size)
         self._folder = tempfile.TemporaryDirectory(prefix="llmac-tokenizer-")
         tokenizer.save_pretrained(self._folder.name)
         config = AutoConfig.from_pretrained(
@@ -94,12 +94,9 @@ class VLLMEngine:
         self._manifest = Manifest.of(skeleton)
         self._ends = end_tokens(tokenizer, _generation_config(model, revision))
         self._version = 0
-        self._unusable: str | None = None
-        self._asleep = False
 
-        world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        with _process_state_restored():
-            self._on_cpu = _import_vllm()
+        with vllm_process.process_state_restored():
+            on_cpu = vllm_process.import_vllm()
             options: dict[str, Any] = {  # keyword arguments of LLM, whose types vary
                 "model": model,
                 "tokenizer": self._folder.name,
@@ -113,197 +110,172 @@ class VLLMEngine:
                 "logprobs_mode": "processed_logprobs",
                 # End tokens come with every request; a checkpoint's own temperature must not act besides it.
                 "generation_config": "vllm",
-                "enforce_eager": enforce_eager or self._on_cpu,
-                "enable_sleep_mode": not self._on_cpu,
+                "enforce_eager": enforce_eager or on_cpu,
+                "enable_sleep_mode": sleep_level > 0 and not on_cpu,
                 "disable_log_stats": True,
             }
-            if not self._on_cpu:
+            if not on_cpu:
                 options["gpu_memory_utilization"] = gpu_memory_utilization
-            room = kv_cache_mb if kv_cache_mb is not None or not self._on_cpu else CPU_KV_CACHE_MB
+            room = kv_cache_mb if kv_cache_mb is not None or not on_cpu else CPU_KV_CACHE_MB
             if room is not None:
                 options["kv_cache_memory_bytes"] = room << 20
-            if world_size > 1:
+            if self._job_has_group and torch.distributed.get_world_size() > 1:
                 # vLLM otherwise takes every rank for its own and waits for the others.
                 options["distributed_executor_backend"] = "external_launcher"
-            self._llm = _build(options)
+            shared_name = self._group.exchange(uuid.uuid4().hex)[0]
+            shared = on_cpu and tensor_parallel_size > 1
+            self._llm = vllm_process.build(options, shared_name=shared_name if shared else None)
             self._max_tokens = self._llm.llm_engine.model_config.max_model_len
+            # A proxy, so that `close` frees the engine.
+            self._ready = Readiness(weakref.proxy(self._llm), level=0 if on_cpu else sleep_level)
+            self._copies_in = on_cpu and vllm_weights.is_as_loaded(self._llm)
             # Some shapes (small heads on CPU) are refused only by the first forward pass; better now than mid-run.
-            self.generate(
-                [Request(prompt_ids=(0,), params=SamplingParams(temperature=0.0, max_new_tokens=1))]
-            )
+            self._probe()
+            if self._ready.level == 2 and not survives_discarding(self._llm, self._probe):
+                logger.warning(
+                    "%s does not survive rollout.sleep_level=2 in this version of vLLM: its answers change although "
+                    "all weights are sent again. Level 1 is used, which keeps them in main memory",
+                    model,
+                )
+                self._ready.level = 1
 
     @property
     def policy_version(self) -> int:
         """The version given to the last completed `load_weights`; 0 before any."""
         return self._version
 
+    @property
+    def sleep_level(self) -> SleepLevel:
+        """What `sleep` really frees: 0 on CPU, 1 where 2 did not survive its rehearsal."""
+        return self._ready.level
+
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """`params.n` completions for each request, in the order of the requests.
 
-        Greedy (temperature 0) tokens report their log-probability at temperature 1.
+        Greedy (temperature 0) tokens report their log-probability at temperature 1. Ranks that share the engine call
+        it together, each with its own requests, possibly none.
 
         Raises:
-            EngineError: a request cannot be served, the engine failed, or an update left it without complete weights.
+            EngineError: a request cannot be served, the engine failed, or an update left it without complete weights,
+                on this rank or on one that shares the engine.
         """
-        llm = self._usable()
-        check_requests(requests, self._max_tokens)
-        if not requests:
+        offers = self._group.exchange(self._offer(requests))
+        if (refusal := offers[self._group.place].refusal) is not None:
+            raise EngineError(refusal)
+        everything, seeds = joined(offers, self._group.first_rank)
+        if not everything:
             return []
-        self.wake()
-        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        seeds = request_seeds(requests)
-        params = [
-            self._translated(request.params, seed)
-            for request, seed in zip(requests, seeds, strict=True)
-        ]
-        try:
-            outputs = llm.generate(prompts, params, use_tqdm=False)  # type: ignore[arg-type]
-        except Exception as error:  # whatever vLLM raises, unfinished requests stay in its queue
-            self.close()
-            way_out = (
-                f"; {MEMORY_KNOBS}"
-                if isinstance(error, torch.OutOfMemoryError)
-                else ", or set rollout.engine=hf"
-            )
-            raise EngineError(
-                f"vLLM failed while sampling and has been shut down: {type(error).__name__}: {error}. Restart the run "
-                f"from its checkpoint{way_out}"
-            ) from error
-        completions = []
-        for request, output in zip(requests, outputs, strict=True):
-            found = [
-                self._completion(sampled)
-                for sampled in sorted(output.outputs, key=lambda o: o.index)
-            ]
-            completions.append(
-                found * request.params.n if request.params.temperature == 0 else found
-            )
-        return completions
+        return own_part(self._sampled(everything, seeds), offers, self._group.place)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace all weights by the stream and take `version`.
 
         The stream is consumed tensor by tensor, so nothing can be undone: when it turns out to be incomplete, the
-        engine raises and refuses to `generate` until a complete one has arrived.
+        engine raises and refuses to `generate` until a complete one has arrived. It is read to its end also when the
+        engine fails, as other ranks may take part in producing it. A tensor is not used after the next one was taken.
 
         Raises:
-            EngineError: names are missing, unknown or double, a shape differs, or vLLM failed.
+            EngineError: names are missing, unknown or double, a shape differs, the stream broke off, or vLLM failed.
         """
         if self._llm is None:
-            raise EngineError("the vLLM engine is closed; build a new one")
-        self.wake()
-        self._unusable = f"the update to version {version} did not complete"
-        stream = _Exhausted(self._manifest.checked(weights))
+            raise EngineError(CLOSED)
+        broke_off = self._ready.updating
+        self._ready.begin_update(version)
+        take_in = vllm_weights.copy_in if self._copies_in else vllm_weights.reload
+        source = vllm_weights.Source(weights)
         try:
-            with torch.no_grad():
-                self._llm.collective_rpc(
-                    "reload_weights", kwargs={"weights_iterator": iter(stream)}
-                )
-        except EngineError:
-            raise
-        except (
-            Exception
-        ) as error:  # anything vLLM raises leaves the same half-loaded engine, and is re-raised
+            if broke_off and not self._copies_in:
+                vllm_weights.abandon(self._llm)
+            take_in(self._llm, self._manifest.checked(source))
+        except Exception as error:  # whoever raised, the weights are half new, and it is raised on
+            source.drain()
+            if isinstance(error, LlmacError):
+                raise
+            subject = "the stream of weights broke off" if source.failed else "vLLM failed"
             raise EngineError(
-                f"vLLM failed during the update to version {version}: {type(error).__name__}: {error}. Send the "
+                f"{subject} during the update to version {version}: {type(error).__name__}: {error}. Send the "
                 "complete weights again, or restart the run from its checkpoint"
             ) from error
-        if not stream.exhausted:
+        if not source.exhausted:
+            source.drain()
             raise EngineError(
                 f"vLLM stopped reading before the end of the weights of version {version}; this version of vLLM does "
                 "not take an update in one stream, use rollout.engine=hf"
             )
-        if self._on_cpu:
-            self._llm.apply_model(_dispatch_head_anew)
         self._llm.reset_prefix_cache()
         self._llm.update_weight_version(str(version))
         self._version = version
-        self._unusable = None
+        self._ready.finish_update()
 
     def sleep(self) -> None:
-        """On GPU, move the weights to main memory and drop keys and values; on CPU nothing is freed."""
-        if self._llm is None or self._on_cpu or self._asleep:
-            return
-        self._llm.sleep(level=1)
-        self._asleep = True
+        """Free accelerator memory as `sleep_level` says; on CPU nothing is freed."""
+        if self._llm is not None:
+            self._ready.sleep()
 
     def wake(self) -> None:
-        """Undo `sleep`."""
-        if self._llm is not None and self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
+        """Undo `sleep`.
+
+        Raises:
+            EngineError: the weights were discarded and have not been sent again.
+        """
+        if self._llm is not None:
+            self._ready.wake()
 
     def close(self) -> None:
         """Shut vLLM down and free its memory. Safe to call twice."""
         llm, self._llm = self._llm, None
         if llm is None:
             return
-        llm.llm_engine.engine_core.shutdown()
+        vllm_process.shut_down(llm, keep_group=self._job_has_group)
         del llm
-        self._folder.cleanup()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        self._group.close()
+        self._folder.cleanup()
 
-    def _usable(self) -> "vllm.LLM":
-        """The engine, unless its weights are not the policy's."""
-        if self._llm is None:
-            raise EngineError("the vLLM engine is closed; build a new one")
-        if self._unusable:
-            raise EngineError(
-                f"the vLLM engine holds incomplete weights: {self._unusable}. Call load_weights with the complete "
-                "weights before sampling"
+    def _probe(self) -> list[float]:
+        """Log-probabilities of a short greedy answer to one token."""
+        params = SamplingParams(temperature=0.0, max_new_tokens=min(4, self._max_tokens - 1))
+        ((completion,),) = self._sampled([Request(prompt_ids=(0,), params=params)], [0])
+        return list(completion.logprobs)
+
+    def _offer(self, requests: Sequence[Request]) -> Offer:
+        """This rank's requests, or the reason why it cannot sample."""
+        try:
+            if self._llm is None:
+                raise EngineError(CLOSED)
+            self._ready.check()
+            check_requests(requests, self._max_tokens)
+        except EngineError as error:
+            return Offer(refusal=str(error))
+        return Offer(requests=tuple(requests), seeds=tuple(request_seeds(requests)))
+
+    def _sampled(self, requests: Sequence[Request], seeds: Sequence[int]) -> list[list[Completion]]:
+        """The answers to requests that are known to be served, equal on all ranks that share the engine."""
+        assert self._llm is not None
+        self._ready.wake()
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        params = [
+            translated(request.params, seed, self._ends)
+            for request, seed in zip(requests, seeds, strict=True)
+        ]
+        try:
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)  # type: ignore[arg-type]
+        except Exception as error:  # whatever vLLM raises, unfinished requests stay in its queue
+            self.close()
+            about_memory = vllm_process.is_about_memory(error)
+            way_out = (
+                f"; {vllm_process.MEMORY_KNOBS}" if about_memory else ", or set rollout.engine=hf"
             )
-        return self._llm
-
-    def _translated(self, params: SamplingParams, seed: int) -> "vllm.SamplingParams":
-        """The same request in vLLM's words."""
-        import vllm
-
-        return vllm.SamplingParams(
-            # Greedy responses of one prompt are equal; vLLM refuses to compute more than one.
-            n=1 if params.temperature == 0 else params.n,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            max_tokens=params.max_new_tokens,
-            stop=list(params.stop),
-            stop_token_ids=sorted(self._ends | set(params.stop_token_ids)),
-            seed=seed,
-            logprobs=0,
-            detokenize=bool(params.stop),
-            skip_special_tokens=False,
-        )
-
-    def _completion(self, output: "vllm.CompletionOutput") -> Completion:
-        """One of vLLM's outputs in our words."""
-        if output.finish_reason not in ("stop", "length") or output.logprobs is None:
             raise EngineError(
-                f"vLLM ended a response with {output.finish_reason!r}; expected 'stop' or 'length'. "
-                "Its log has the cause"
-            )
-        token_ids = tuple(output.token_ids)
-        return Completion(
-            token_ids=token_ids,
-            logprobs=tuple(
-                at[token].logprob  # type: ignore[index]
-                for token, at in zip(token_ids, output.logprobs, strict=True)
-            ),
-            finish=Finish.STOP if output.finish_reason == "stop" else Finish.LENGTH,
-            policy_version=self._version,
-        )
-
-
-class _Exhausted:
-    """An iterable that knows whether it was read to the end."""
-
-    def __init__(self, items: Iterator[tuple[str, Tensor]]) -> None:
-        self._items = items
-        self.exhausted = False
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._items
-        self.exhausted = True
+                f"vLLM failed while sampling and has been shut down: {type(error).__name__}: {error}. Restart the run "
+                f"from its checkpoint{way_out}"
+            ) from error
+        return [
+            completions(request, output, self._version)
+            for request, output in zip(requests, outputs, strict=True)
+        ]
 
 
 def _generation_config(model: str, revision: str | None) -> GenerationConfig | None:
@@ -312,98 +284,3 @@ def _generation_config(model: str, revision: str | None) -> GenerationConfig | N
         return GenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:
         return None
-
-
-def _import_vllm() -> bool:
-    """Import vLLM and switch off what does not survive an update; returns whether it computes on CPU."""
-    try:
-        import vllm  # noqa: F401
-        from vllm.platforms import current_platform
-    except ModuleNotFoundError as error:
-        if error.name == "vllm":
-            raise EngineError(NOT_INSTALLED) from error
-        raise EngineError(
-            f"vLLM is installed but does not import: {error}; {NOT_INSTALLED}"
-        ) from error
-    except RuntimeError as error:
-        if "torchvision" not in str(error):
-            raise
-        raise EngineError(
-            f"torchvision does not fit the installed torch ({error}), and vLLM and transformers import it; nothing "
-            "here needs it: `pip uninstall -y torchvision torchaudio torchcodec`"
-        ) from error
-    if not current_platform.is_cpu():
-        return False
-    from vllm import _custom_ops
-
-    if hasattr(_custom_ops, "_supports_onednn"):  # a private name of vLLM, absent in other versions
-        _custom_ops._supports_onednn = False
-    else:
-        logger.warning(
-            "this version of vLLM packs weights in a way llmac does not know; rely on the start-up probe"
-        )
-    return True
-
-
-def _build(options: dict[str, Any]) -> "vllm.LLM":
-    """`vllm.LLM(**options)`, with the knob to turn in the error when memory does not suffice."""
-    import vllm
-
-    try:
-        return vllm.LLM(**options)
-    except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
-        text = str(error).lower()
-        if isinstance(error, torch.OutOfMemoryError) or "memory" in text or "kv cache" in text:
-            raise EngineError(
-                f"vLLM does not find enough memory to start: {error}; {MEMORY_KNOBS}"
-            ) from error
-        raise EngineError(
-            f"vLLM does not start on {options['model']}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _dispatch_head_anew(model: nn.Module) -> None:
-    """Let a tied output layer forget the weights it packed when it was built (CPU only)."""
-    head = getattr(
-        model, "lm_head", None
-    )  # the layer's name in vLLM's models; absent in embedding models
-    if head is None or not hasattr(head, "cpu_linear"):
-        return
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
-
-
-@contextlib.contextmanager
-def _process_state_restored() -> Iterator[None]:
-    """Put back what building vLLM changes for everybody else: environment, threads, random states."""
-    environment = dict(os.environ)
-    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    numpy_state = _numpy_random().get_state()
-    # In process, so that weights arrive by reference; and no compiler for the few functions sampling calls on CPU.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(threads)
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-        _numpy_random().set_state(numpy_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-
-
-def _numpy_random() -> Any:
-    """The global random module of numpy, typed loosely because its state has no public type."""
-    import numpy
-
-    return numpy.random

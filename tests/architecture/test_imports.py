@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "llmac").rglob("*.py"))
 OWNERS = {
     "accelerate": "llmac/runtime/",
     "deepspeed": "llmac/runtime/",
-    "vllm": "llmac/engines/vllm_engine.py",
+    "vllm": "llmac/engines/vllm_",
 }
 
 

@@ -9,9 +9,14 @@ import torch
 
 from llmac.core.protocols import Request, RolloutEngine, SamplingParams
 from llmac.core.types import Finish
-from llmac.engines.probe import module_reference, prove_updates_arrive
+from llmac.engines.probe import (
+    LOW_PRECISION_TOLERANCE,
+    ProbedModule,
+    check_engine_holds,
+    prove_updates_arrive,
+)
 from llmac.engines.vllm_engine import VLLMEngine
-from llmac.errors import EngineError
+from llmac.errors import ConfigError, EngineError
 
 END = 1
 
@@ -53,6 +58,16 @@ def engine(built):
     return engine
 
 
+@pytest.fixture(params=["copy_in", "reload"])
+def door(request, built, engine):
+    """Both ways in: on CPU the engine takes the first, on GPU the second."""
+    _, make = built
+    engine._copies_in = request.param == "copy_in"
+    yield request.param
+    engine.load_weights(make(0).named_parameters(), version=0)  # an update ends by the way it began
+    engine._copies_in = True
+
+
 def _process_state():
     return {
         "threads": torch.get_num_threads(),
@@ -74,7 +89,15 @@ def test_it_is_a_rollout_engine(engine):
     assert isinstance(engine, RolloutEngine)
 
 
-def test_greedy_responses_equal_generate_before_and_after_an_update(built, engine, prompts, greedy):
+def test_on_cpu_weights_are_copied_in(engine):
+    if torch.cuda.is_available():
+        pytest.skip("on GPU vLLM reloads")
+    assert engine._copies_in
+
+
+def test_greedy_responses_equal_generate_before_and_after_an_update(
+    door, built, engine, prompts, greedy
+):
     _, make = built
     requests = ask(prompts, n=2, temperature=0.0, max_new_tokens=20)
     for seed in (0, 1):
@@ -166,7 +189,7 @@ def test_a_stop_string_ends_a_response_at_the_token_that_completes_it(engine, to
     ],
 )
 def test_after_an_incomplete_update_it_refuses_until_a_complete_one(
-    spoil, named, built, engine, prompts, greedy
+    spoil, named, door, built, engine, prompts, greedy
 ):
     _, make = built
     requests = ask(prompts, temperature=0.0, max_new_tokens=8)
@@ -179,11 +202,73 @@ def test_after_an_incomplete_update_it_refuses_until_a_complete_one(
     assert [c.token_ids for c in flat(engine.generate(requests))] == greedy(make(1), prompts, 8)
 
 
+def test_a_stream_that_breaks_off_anywhere_is_healed_by_a_complete_one(door, built, engine):
+    _, make = built
+    names = [name for name, _ in make(0).named_parameters()]
+    # Nothing yet, in the middle of a fused layer, between layers, before the last.
+    for seed, cut in enumerate((0, 3, 13, len(names) - 1), start=1):
+
+        def breaks_off(seed=seed, cut=cut):
+            for index, weight in enumerate(make(20 + seed).named_parameters()):
+                if index == cut:
+                    raise RuntimeError("the link is down")
+                yield weight
+
+        with pytest.raises(EngineError, match=r"stream of weights broke off .* the link is down"):
+            engine.load_weights(breaks_off(), version=seed)
+        with pytest.raises(EngineError, match="incomplete weights"):
+            engine.generate(ask([(5, 6)], max_new_tokens=2))
+        model = make(seed)
+        engine.load_weights(model.named_parameters(), version=10 + seed)
+        check_engine_holds(
+            engine, ProbedModule(model).logprobs_of, [(5, 6, 7), (8, 9)], tolerance=1e-4
+        )
+
+
+def test_an_error_of_the_source_keeps_its_type(engine, built):
+    def misconfigured():
+        raise ConfigError("an adapter that cannot be merged")
+        yield
+
+    with pytest.raises(ConfigError, match="an adapter"):
+        engine.load_weights(misconfigured(), version=1)
+
+
+def test_tensors_need_not_outlive_their_turn(door, built, engine, prompts, greedy):
+    """A source that gathers weights may overwrite them as soon as the next ones are asked for."""
+    _, make = built
+
+    def volatile():
+        for name, weight in make(3).named_parameters():
+            copy = weight.detach().clone()
+            yield name, copy
+            copy.fill_(float("nan"))
+
+    engine.load_weights(volatile(), version=1)
+    answers = engine.generate(ask(prompts, temperature=0.0, max_new_tokens=8))
+    assert [c.token_ids for c in flat(answers)] == greedy(make(3), prompts, 8)
+
+
+def test_a_stream_is_read_to_its_end_when_the_engine_fails(door, built, engine):
+    """Other ranks may be waiting in the gather of the next bucket."""
+    _, make = built
+    taken = []
+
+    def counted():
+        for index, (name, weight) in enumerate(make(1).named_parameters()):
+            taken.append(name)
+            yield name, weight[:1] if index == 2 else weight
+
+    with pytest.raises(EngineError, match="arrived with shape"):
+        engine.load_weights(counted(), version=1)
+    assert taken == [name for name, _ in make(1).named_parameters()]
+
+
 def test_the_probe_proves_that_updates_arrive(built, engine):
     _, make = built
     model = make(0)
     found = prove_updates_arrive(
-        engine, model.named_parameters, module_reference(model), [(5, 6, 7), (8, 9)]
+        engine, model.named_parameters, ProbedModule(model), [(5, 6, 7), (8, 9)]
     )
     assert all(difference < 1e-4 for difference in found.values())
 
@@ -191,6 +276,8 @@ def test_the_probe_proves_that_updates_arrive(built, engine):
 def test_the_probe_catches_a_weight_that_stays_behind(built, engine):
     _, make = built
     model = make(0)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    stale = model.get_parameter(name).detach().clone()
 
     class Forgetful:
         policy_version = 0
@@ -198,13 +285,11 @@ def test_the_probe_catches_a_weight_that_stays_behind(built, engine):
 
         @staticmethod
         def load_weights(weights, version):
-            stale = dict(model.named_parameters())
-            name = "model.layers.1.self_attn.k_proj.weight"
-            engine.load_weights(((n, stale[n] if n == name else x) for n, x in weights), version)
+            engine.load_weights(((n, stale if n == name else x) for n, x in weights), version)
 
     with pytest.raises(EngineError, match="every weight changed"):
         prove_updates_arrive(
-            Forgetful(), model.named_parameters, module_reference(model), [(5, 6, 7), (8, 9)]
+            Forgetful(), model.named_parameters, ProbedModule(model), [(5, 6, 7), (8, 9)]
         )
 
 
@@ -221,14 +306,65 @@ def test_sleep_and_wake_keep_the_weights(engine, prompts):
     assert engine.generate(requests) == before
 
 
-def test_a_closed_engine_says_so(make_model, tokenizer, tmp_path):
+def test_an_engine_out_of_memory_names_the_knobs_and_closes(make_model, tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path)
     engine = VLLMEngine(str(tmp_path), tokenizer)
-    engine.close()
+
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    engine._llm.apply_model(lambda model: model.register_forward_pre_hook(runs_out) and None)
+    with pytest.raises(EngineError, match=r"Tried to allocate 2 GiB.*lower rollout\.max_model_len"):
+        engine.generate(ask([(2, 3)], max_new_tokens=2))
     with pytest.raises(EngineError, match="closed"):
         engine.generate(ask([(2, 3)], max_new_tokens=2))
     with pytest.raises(EngineError, match="closed"):
         engine.load_weights([], version=1)
+    engine.sleep()
+    engine.wake()
+    engine.close()
+
+
+def test_too_little_room_for_keys_and_values_names_the_knobs(make_model, tokenizer, tmp_path):
+    make_model(max_position_embeddings=4096).save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match=r"memory to start: .*4096.*rollout\.kv_cache_mb"):
+        VLLMEngine(str(tmp_path), tokenizer, kv_cache_mb=1)
+
+
+def test_a_bfloat16_engine_reports_its_own_logprobs_not_the_trainers(
+    make_model, tokenizer, tmp_path, prompts, record_property
+):
+    """Engine and trainer differ on purpose; what the importance correction divides by is what was sampled from."""
+    trainer = make_model(seed=4)
+    trainer.save_pretrained(tmp_path)
+    engine = VLLMEngine(str(tmp_path), tokenizer, dtype="bfloat16")
+    engine.load_weights(trainer.named_parameters(), version=1)
+    requests = ask(prompts, n=8, max_new_tokens=24, seed=3)
+    answers = engine.generate(requests)
+    said, expected = [], []
+    reference = ProbedModule(trainer)
+    for request, siblings in zip(requests, answers, strict=True):
+        for completion in siblings:
+            said += completion.logprobs
+            expected += reference.logprobs_of(request.prompt_ids, completion.token_ids)
+    log_ratio = torch.tensor(expected).double() - torch.tensor(said).double()
+    mean, most = log_ratio.abs().mean().item(), log_ratio.abs().max().item()
+    divergence = (log_ratio.exp() - 1 - log_ratio).mean().item()
+    record_property("bfloat16 engine: mean, max, KL", (mean, most, divergence))
+    assert 1e-4 < mean < LOW_PRECISION_TOLERANCE
+    # E_μ[π/μ] = 1 holds for the engine's own μ.
+    assert abs(log_ratio.exp().mean().item() - 1) < 5 * mean / len(said) ** 0.5
+    assert check_engine_holds(
+        engine, reference.logprobs_of, prompts, tolerance=LOW_PRECISION_TOLERANCE
+    )
+    with pytest.raises(EngineError, match="does not sample from the policy"):
+        check_engine_holds(
+            engine,
+            ProbedModule(make_model(seed=5)).logprobs_of,
+            prompts,
+            tolerance=LOW_PRECISION_TOLERANCE,
+        )
+    engine.close()
 
 
 def test_a_model_vllm_cannot_compute_is_refused_at_the_start(make_model, tokenizer, tmp_path):
