@@ -130,7 +130,7 @@ def _responses(plan: Plan) -> int:
 def _host(plan: Plan) -> str:
     return (
         f"main memory of a machine: {_gib(plan.host_start)} GiB while models are loaded, {_gib(plan.host)} GiB of "
-        "offloaded state afterwards"
+        "training state afterwards"
     )
 
 

@@ -153,7 +153,8 @@ def _candidates(recipe: Recipe, machines: Machines, now: Plan) -> Iterator[_Chan
         first = order.index(machines.sharding) + 1 if machines.sharding in order else 0
         for sharding in order[first:]:
             yield _Change(words=FLAGS[sharding], sharding=sharding)
-    if rollout.engine != "hf":
+    yield from _bfloat16(recipe, machines, now)
+    if rollout.engine == "vllm" or rollout.servers:
         for span in (2, 4, 8):
             if span > rollout.tensor_parallel_size:
                 yield _set("rollout.tensor_parallel_size", span)
@@ -174,10 +175,23 @@ def _last_resorts(recipe: Recipe) -> Iterator[_Change]:
         )
     elif adapters:
         yield _Change(words=words, settings=adapters, gentle=False)
-    if recipe.model.dtype == "float32":
-        yield _Change(
-            words="model.dtype=bfloat16", settings={"model.dtype": "bfloat16"}, gentle=False
-        )
+
+
+def _bfloat16(recipe: Recipe, machines: Machines, now: Plan) -> Iterator[_Change]:
+    """Bfloat16 weights: gentle where DeepSpeed updates a float32 copy of them, a last resort elsewhere."""
+    if recipe.model.dtype == "bfloat16":
+        return
+    settings: dict[str, Any] = {"model.dtype": "bfloat16"}
+    words = "model.dtype=bfloat16"
+    if recipe.model.compute_dtype is not None:  # it would have no effect, which is an error
+        settings["model.compute_dtype"] = None
+        words += " model.compute_dtype=null"
+    zero = machines.sharding in FLAGS
+    if now.training_gpus > 1 and not zero and machines.sharding is not Sharding.FSDP2:
+        for sharding in (Sharding.ZERO2, Sharding.ZERO3):
+            both = f"{FLAGS[sharding]} {words}"
+            yield _Change(words=both, settings=settings, sharding=sharding)
+    yield _Change(words=words, settings=settings, gentle=zero)
 
 
 def _utilization(now: float) -> Iterator[_Change]:
