@@ -217,15 +217,19 @@ class _Parts:
 
 def _phases(recipe: Recipe, parts: _Parts, sampler: Sampler, *, several: bool) -> tuple[Phase, ...]:
     policy, critic = parts.policy, parts.critic
-    colocated = recipe.rollout.engine != "vllm_server"
-    bucket = recipe.rollout.sync_bucket_mb << 20
-    loaded = {
+    engine = recipe.rollout.engine
+    nothing: Mapping[str, int] = {}
+    starting, awake, asleep, loading = (
+        (sampler.starting, sampler.awake, sampler.asleep, sampler.loading)
+        if engine != "vllm_server"
+        else (nothing, nothing, nothing, nothing)
+    )
+    bucket = {"sync bucket": recipe.rollout.sync_bucket_mb << 20}
+    trained = {
         "policy parameters": policy.parameters,
         "critic parameters": critic.parameters,
         "reference parameters": parts.reference.parameters,
         "reward models": parts.rewards,
-    }
-    trained = loaded | {
         "policy optimizer": policy.optimizer,
         "critic optimizer": critic.optimizer,
     }
@@ -234,13 +238,6 @@ def _phases(recipe: Recipe, parts: _Parts, sampler: Sampler, *, several: bool) -
         "critic gradients": critic.idle_gradients,
         "buffers": policy.idle_buffers + critic.idle_buffers,
     }
-    sampling = {
-        "sampler weights": sampler.weights,
-        "KV cache": max(0, sampler.cache),
-        "sampler workspace": sampler.workspace,
-    }
-    awake = sampling if colocated else {}
-    asleep = {"sleeping sampler": sampler.asleep} if colocated else {}
 
     def learning(
         name: str, one: Held, other: Held, passes: tuple[Mapping[str, int], ...]
@@ -250,20 +247,21 @@ def _phases(recipe: Recipe, parts: _Parts, sampler: Sampler, *, several: bool) -
         idle_buffers = one.idle_buffers + other.idle_buffers
         moments.append({"optimizer's step": one.update, "buffers": idle_buffers})
         largest = max(moments, key=lambda moment: sum(moment.values()))
-        return trained | asleep | idle | {f"{name} gradients": one.gradients} | largest
+        gradients = {f"{name} gradients": one.gradients}
+        return {**trained, **asleep, **idle, **gradients, **largest}
 
     everything = {
-        "start": loaded | awake,
-        "generate": trained | idle | awake,
+        # Of a run that continues: a new one has no optimizer yet.
+        "start": {**trained, **idle, **starting, **bucket},
+        "generate": {**trained, **idle, **awake},
         "learn policy": learning("policy", policy, critic, parts.policy_moments),
     }
     if parts.critic_shape is not None:
         everything["learn critic"] = learning("critic", critic, policy, parts.critic_moments)
-    arriving = {"sync bucket": bucket + (sampler.loading if colocated else 0)}
-    everything["sync"] = trained | idle | awake | arriving
-    if not colocated:
-        everything["server"] = sampling | {"sync bucket": bucket}
-    own_pool = set(sampling) | set(asleep) if recipe.rollout.engine != "hf" else set()
+    everything["sync"] = {**trained, **idle, **loading, **bucket}
+    if engine == "vllm_server":
+        everything["server"] = {**sampler.awake, **bucket}
+    own_pool = {*sampler.awake, *sampler.asleep} if engine != "hf" else set[str]()
     return tuple(
         Phase(name=name, items=_with_rest(items, own_pool, several))
         for name, items in everything.items()

@@ -1,5 +1,6 @@
 """What the engine that samples costs a GPU: weights, keys and values, working memory; awake and asleep."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmac.config.schema import ModelConfig, RolloutConfig
@@ -19,29 +20,26 @@ LARGE_GPU = 70 * GIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """Bytes on one GPU."""
+    """Bytes on one GPU, by what they are, in four moments; and what the cache holds."""
 
-    weights: int
-    cache: int
-    """Keys and values; negative where the budget does not even hold the weights."""
-    workspace: int
-    asleep: int
-    """What stays while the policy learns."""
-    loading: int
-    """Above the rest while new weights arrive, besides the bucket."""
+    starting: Mapping[str, int]
+    """When the engine is built and gets its first weights."""
+    awake: Mapping[str, int]
+    """While it samples."""
+    asleep: Mapping[str, int]
+    """While the policy learns."""
+    loading: Mapping[str, int]
+    """While new weights arrive, their bucket apart."""
     host: int
     """Main memory of one rank while the engine sleeps."""
+    cache: int
+    """Keys and values; negative where the budget does not even hold the weights."""
     cache_tokens: int
     """Tokens of prompt and response the cache holds, over all GPUs of the engine."""
     longest: int
     """Tokens the engine promises to hold for one request."""
     rows: int
     """Responses the engine may work on at once."""
-
-    @property
-    def awake(self) -> int:
-        """While it samples."""
-        return self.weights + max(0, self.cache) + self.workspace
 
 
 def hf_sampler(
@@ -63,13 +61,16 @@ def hf_sampler(
     # A buffer that grows exists twice, layer by layer.
     growing = cache // (2 * model.layers) if capacity > prompt_tokens + GROWTH_TOKENS else 0
     prefill = min(PREFILL_TOKENS, rows * prompt_tokens)
+    workspace = growing + _pass_bytes(model, prefill, item) + _drawing_bytes(model, rows, item)
+    # New weights replace the old ones when all have arrived.
+    arriving = {"sampler weights": 2 * weights}
     return Sampler(
-        weights=weights,
-        cache=cache,
-        workspace=growing + _pass_bytes(model, prefill, item) + _drawing_bytes(model, rows, item),
-        asleep=weights,
-        loading=weights,
+        starting=arriving,
+        awake=_items(weights, cache, workspace),
+        asleep={"sleeping sampler": weights},
+        loading=arriving,
         host=0,
+        cache=cache,
         cache_tokens=rows * capacity,
         longest=prompt_tokens + rollout.max_new_tokens,
         rows=rows,
@@ -116,18 +117,24 @@ def vllm_sampler(
         cache = int(rollout.gpu_memory_utilization * gpu_memory) - weights - workspace
     # A key head that is not divided any further is copied.
     cached = -(-token_bytes(model, item) * max(1, model.key_heads // parts) // model.key_heads)
+    awake = _items(weights, max(0, cache), workspace)
     sleeps = rollout.engine == "vllm" and rollout.sleep_level > 0
     return Sampler(
-        weights=weights,
-        cache=cache,
-        workspace=workspace,
-        asleep=graphs if sleeps else weights + max(0, cache) + workspace,
-        loading=0,
+        starting=awake,
+        awake=awake,
+        asleep={"sleeping sampler": graphs if sleeps else sum(awake.values())},
+        # It wakes for its weights, and makes the cache anew when it samples.
+        loading={"sampler weights": weights, "sleeping sampler": graphs} if sleeps else awake,
         host=weights if sleeps and rollout.sleep_level == 1 else 0,
+        cache=cache,
         cache_tokens=max(0, cache) // cached,
         longest=rollout.max_model_len or model.context or 0,
         rows=rollout.max_num_seqs,
     )
+
+
+def _items(weights: int, cache: int, workspace: int) -> dict[str, int]:
+    return {"sampler weights": weights, "KV cache": cache, "sampler workspace": workspace}
 
 
 def token_bytes(model: Skeleton, item_bytes: int) -> int:

@@ -7,12 +7,12 @@ place of the paper's 2 + 2 + K):
     ddp             4 + 4 + 8, and 4 of buckets             2 + 2 + 4, and 2 of buckets
     zero1           4 + 4 + (4 + 8)/N                       2 + 2 + (4 + 8)/N
     zero2           4 + 4/N + (4 + 8)/N                     2 + 2/N + (4 + 8)/N
-    zero3           (4 + 4 + 8)/N                           (2 + 2 + 4 + 8)/N
+    zero3           (4 + 4 + 4 + 8)/N                       (2 + 2 + 4 + 8)/N
     zero3_offload   4/N, on the host (4 + 4 + 4 + 8)/N      2/N, on the host (2 + 4 + 4 + 8)/N
     fsdp2           (4 + 4 + 8)/N                           (2 + 2 + 4)/N
 
-in the order parameters, gradients, optimizer. DeepSpeed keeps a float32 master copy of what it updates, at stages 1
-and 2 even of float32 weights; AdamW alone keeps its two moments in the precision of the weights. Nothing but the
+in the order parameters, gradients, optimizer. DeepSpeed keeps a float32 master copy of what it updates, even of
+float32 weights; AdamW alone keeps its two moments in the precision of the weights. Nothing but the
 parameters is kept for what does not learn.
 """
 
@@ -85,7 +85,7 @@ def held(module: Skeleton, sharding: Sharding, ranks: int) -> Held:
 
     >>> weight = Weight(shape=(1000, 1000), item_bytes=4, trainable=True, linear=True, block=0)
     >>> sizes = dict(layers=1, hidden=1, heads=1, key_heads=1, head_size=1, intermediate=4, vocabulary=9, context=None)
-    >>> h = held(Skeleton(weights=(weight,), **sizes), Sharding.ZERO3, 2)
+    >>> h = held(Skeleton(weights=(weight,), **sizes), Sharding.FSDP2, 2)
     >>> h.parameters, h.gradients, h.optimizer     # half of 4 MB, as many gradients, two moments and a counter
     (2000000, 2000000, 4000004)
     """
@@ -158,10 +158,8 @@ def _zero_weights(weights: tuple[Weight, ...], ranks: int, *, offload: bool) -> 
     if not trainable:
         return Held(parameters=_bytes(shards) + _bytes(kept_whole), buffers=gathered)
     gradients = share * item
-    # Float32 weights are their own master copy, unless the optimizer is somewhere else.
-    master = share * FLOAT32 if item != FLOAT32 or offload else 0
     groups = len(_decay_groups(trainable))
-    optimizer = master + 2 * FLOAT32 * share + STEP_BYTES * groups
+    optimizer = (FLOAT32 + 2 * FLOAT32) * share + STEP_BYTES * groups
     bucket = REDUCE_BUCKET_ELEMENTS * item
     on_gpu = Held(
         parameters=_bytes(shards) + (_bytes(kept_whole) if ranks > 1 else 0),

@@ -190,7 +190,7 @@ def test_vllms_cache_is_what_its_fraction_leaves(recipe_of):
     found = vllm_sampler(SHAPE, recipe.model, recipe.rollout, gpu_memory=GIB)
     # One pass of 8192 tokens: 4 bytes · (3 · 32 + 4 · 8) = 512 each; 256 rows of 10 logits of 4 + 8 bytes.
     workspace = 8192 * 512 + 256 * 10 * 12
-    assert found.workspace == workspace
+    assert found.awake["sampler workspace"] == workspace
     assert found.cache == int(0.3 * GIB) - workspace
     # A token: keys and values, 2 layers, 2 heads of 2, 4 bytes.
     assert found.cache_tokens == found.cache // (2 * 2 * 2 * 2 * 4)
@@ -229,8 +229,9 @@ def test_the_transformers_engines_cache_is_what_its_buffers_take(model, recipe_o
 
 def test_the_transformers_engine_holds_two_copies_while_weights_arrive(recipe_of):
     found = plan(recipe_of("grpo"), on())
-    sync = found.phases[-1].items
-    assert sync["sync bucket"] == (512 << 20) + sync["sampler weights"]
+    generate, sync = found.phases[1].items, found.phases[-1].items
+    assert sync["sampler weights"] == 2 * generate["sampler weights"]
+    assert found.phases[0].items["sampler weights"] == sync["sampler weights"]
 
 
 @pytest.mark.parametrize(

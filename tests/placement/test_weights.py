@@ -133,7 +133,7 @@ SHARE = 25_000 + 26
         (Sharding.ZERO1, 4 * SHARE * 4, 400_400, SHARE * 12 + 2 * 4),
         (Sharding.ZERO2, 4 * SHARE * 4, SHARE * 4, SHARE * 12 + 2 * 4),
         # Each parameter is cut by itself, 25,000 + 25; the vector is below 100,000 elements and stays whole besides.
-        (Sharding.ZERO3, 25_025 * 4 + 400, 25_025 * 4, 25_025 * 8 + 2 * 4),
+        (Sharding.ZERO3, 25_025 * 4 + 400, 25_025 * 4, 25_025 * 12 + 2 * 4),
         (Sharding.ZERO3_OFFLOAD, 25_025 * 4 + 400, 0, 0),
         (Sharding.FSDP2, 25_025 * 4, 25_025 * 4, 25_025 * 8 + 2 * 4),
     ],
