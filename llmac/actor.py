@@ -23,6 +23,7 @@ from llmac.models.packing import (
 from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner
+from llmac.runtime.perturbation import perturbed
 from llmac.runtime.weights import full_weights
 
 
@@ -30,7 +31,8 @@ from llmac.runtime.weights import full_weights
 class Reference:
     """π_ref: a frozen policy of its own, or the trained one with its adapter switched off."""
 
-    policy: TokenPolicy
+    policy: nn.Module | None
+    """What `Runtime.freeze` returned; None: the trained one."""
     frozen_adapter: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -87,10 +89,8 @@ class Actor:
             truncated=batch.truncated,
             group=batch.group,
             sampler_logprobs=batch.sampler_logprobs,
-            old_logprobs=self._logprobs(
-                batch, lambda rows: self._learner.look(lambda m: m(rows))[0]
-            ),
-            ref_logprobs=self._logprobs(batch, self._reference_logprobs) if reference else None,
+            old_logprobs=self._logprobs(batch),
+            ref_logprobs=self._reference_logprobs(batch) if reference else None,
             length_limit=batch.length_limit,
             trajectories=batch.trajectories,
         )
@@ -130,7 +130,17 @@ class Actor:
             action_mask=torch.ones((1, width), dtype=torch.bool),
             lengths=torch.tensor([width]),
         ).to(self._runtime.device)
-        return self._learner.look(lambda m: m(rows, temperature=1.0))[0][0].tolist()
+        [logprobs] = self._learner.look(lambda m, r: m(r, temperature=1.0)[0], [rows])
+        return logprobs[0].tolist()
+
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Inside, every weight is another one; afterwards all are what they were. For `prove_updates_arrive`."""
+        return perturbed(self._learner.trained.inner, seed=0, rank=self._runtime.rank)
+
+    def hidden(self, rows: PackedRows) -> Tensor:
+        """The backbone's hidden vectors of a micro-batch, flattened [b * L, H], without gradient."""
+        [states] = self._learner.look(lambda m, r: m(r, hidden_only=True)[0], [rows])
+        return states
 
     def save(self, directory: Path) -> None:
         """Role `policy` of a checkpoint."""
@@ -175,17 +185,24 @@ class Actor:
                 "bfloat16, raise run.ratio_tolerance to what your model needs"
             )
 
-    def _reference_logprobs(self, rows: PackedRows) -> Tensor:
+    def _reference_logprobs(self, batch: Batch) -> Tensor:
         reference = self._reference
         assert reference is not None
         with reference.frozen_adapter():
-            return self._learner.look(lambda _: reference.policy(rows)[0])
+            return self._logprobs(batch, reference.policy)
 
-    def _logprobs(self, batch: Batch, look: Callable[[PackedRows], Tensor]) -> Tensor:
+    def _logprobs(self, batch: Batch, other: nn.Module | None = None) -> Tensor:
+        """Of the trained policy, or of the `other`."""
+        micro = list(
+            packed_micro_batches(
+                batch.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
+            )
+        )
         result = torch.zeros(batch.response_ids.shape)
-        for index, rows in packed_micro_batches(
-            batch.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
-        ):
-            logprobs = look(rows.to(self._runtime.device)).cpu()
+        seen = self._learner.look(
+            lambda module, rows: (other or module)(rows.to(self._runtime.device))[0].cpu(),
+            [rows for _, rows in micro],
+        )
+        for (index, _), logprobs in zip(micro, seen, strict=True):
             result[index, : logprobs.shape[1]] = logprobs
         return result

@@ -92,6 +92,7 @@ def build(
         runtime=runtime,
         model=recipe.model,
         policy=policy,
+        policy_states=actor.hidden,
         engine=engine,
         score=rewards,
         pad_id=pad_id,
@@ -270,22 +271,22 @@ def _actor(
     spec, settings = recipe.model, recipe.actor
 
     def as_policy(model: LanguageModel) -> TokenPolicy:
-        torch.nn.Module.to(model, runtime.device)
-        with runtime.autocast(compute_dtype):  # it tries the model out
-            return TokenPolicy(
-                model, temperature=recipe.rollout.temperature, chunk_mb=spec.logprob_chunk_mb
-            )
+        return TokenPolicy(
+            model, temperature=recipe.rollout.temperature, chunk_mb=spec.logprob_chunk_mb
+        )
 
-    base = load_causal_lm(spec)
+    with runtime.loading():
+        base = load_causal_lm(spec)
     model = base if spec.lora is None else add_lora(base, spec.lora)
     train_in_full_mode(model, gradient_checkpointing=spec.gradient_checkpointing)
     policy = as_policy(model)
     reference: Reference | None = None
     if algorithm.uses_reference and isinstance(model, PeftModel) and spec.reference is None:
-        reference = Reference(policy, model.disable_adapter)
+        reference = Reference(None, model.disable_adapter)
     elif algorithm.uses_reference:
-        frozen = load_causal_lm(spec, spec.reference).requires_grad_(False).eval()
-        reference = Reference(as_policy(frozen))
+        with runtime.loading():
+            frozen = load_causal_lm(spec, spec.reference)
+        reference = Reference(runtime.freeze(as_policy(frozen)))
     learning_steps = recipe.run.steps - recipe.run.critic_warmup_steps
     if learning_steps <= 0:
         logger.warning(

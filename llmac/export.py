@@ -3,9 +3,8 @@
 import logging
 from pathlib import Path
 
-import torch
+from peft import PeftModel
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from llmac.config import Recipe
 from llmac.critics.value_head import ValueHead
@@ -13,8 +12,7 @@ from llmac.curves import plot_learning_curve
 from llmac.errors import CheckpointError, ConfigError
 from llmac.loop import Parts
 from llmac.models.loading import LanguageModel, load_tokenizer
-from llmac.models.policy import causal_lm
-from llmac.runtime.weights import full_weights
+from llmac.runtime.saving import save_adapter, save_whole
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +28,14 @@ def save_final(parts: Parts, recipe: Recipe) -> Path:
         ConfigError: the Hub did not take the model, which is complete in `final/`.
     """
     final = parts.output / "final"
+    save_policy(parts.actor.model, final, is_main=parts.runtime.is_main)
+    if isinstance(parts.critic, ValueHead):
+        parts.critic.save_pretrained(final / "critic", policy=final)
     if parts.runtime.is_main:
-        save_policy(parts.actor.model, final)
+        for folder in (final, final / "adapter", final / "critic"):
+            if folder.exists():
+                _check_not_empty(folder)
         load_tokenizer(recipe.model).save_pretrained(final)
-        if isinstance(parts.critic, ValueHead):
-            parts.critic.save_pretrained(final / "critic", policy=final)
-            _check_not_empty(final / "critic")
         plot_learning_curve(
             parts.output / "metrics.jsonl",
             parts.output / "learning_curve.png",
@@ -47,28 +47,11 @@ def save_final(parts: Parts, recipe: Recipe) -> Path:
     return final
 
 
-def save_policy(model: LanguageModel, directory: Path) -> None:
+def save_policy(model: LanguageModel, directory: Path, *, is_main: bool) -> None:
     """A `save_pretrained` folder of the whole model, adapters merged in; adapters also by themselves in `adapter/`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(directory)
-    else:
-        merged = _empty_like(causal_lm(model))
-        found = merged.load_state_dict(dict(full_weights(model)), assign=True, strict=False)
-        merged.tie_weights()
-        absent = [name for name in found.missing_keys if merged.get_parameter(name).is_meta]
-        if absent:
-            raise CheckpointError(f"{directory} would lack {len(absent)} weights: {absent[:3]}")
-        merged.save_pretrained(directory)
-        model.save_pretrained(str(directory / "adapter"))
-        _check_not_empty(directory / "adapter")
-    _check_not_empty(directory)
-
-
-def _empty_like(model: PreTrainedModel) -> PreTrainedModel:
-    """The same architecture without memory for its weights."""
-    with torch.device("meta"):
-        return type(model)(model.config)
+    save_whole(model, directory, is_main=is_main)
+    if isinstance(model, PeftModel):
+        save_adapter(model, directory / "adapter", is_main=is_main)
 
 
 def _check_not_empty(directory: Path) -> None:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from transformers import PreTrainedModel
-
 from llmac.actor import Actor
 from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
@@ -24,7 +22,6 @@ from llmac.engines.probe import (
     LOW_PRECISION_TOLERANCE,
     TOLERANCE,
     check_engine_holds,
-    module_reference,
     prove_updates_arrive,
 )
 from llmac.errors import CheckpointError, ConsistencyError
@@ -221,15 +218,11 @@ def prove_sync(parts: Parts) -> None:
     In float32 a single tensor that stays behind shows. In low precision rounding hides most single tensors, and the
     proof is only that updates arrive at all; the version and the periodic probe are what is left.
     """
-    model = parts.actor.model
-    if not isinstance(model, PreTrainedModel):
-        logger.info("start-up probe: only the first sync is checked, as the policy has adapters")
-        return
     low_precision = parts.probe_tolerance > TOLERANCE
     prove_updates_arrive(
         parts.engine,
         parts.actor.weights,
-        module_reference(model),
+        parts.actor,
         [parts.probe_prompt],
         # Noise in every layer also makes the rounding of low precision larger.
         tolerance=5 * LOW_PRECISION_TOLERANCE if low_precision else parts.probe_tolerance,

@@ -9,6 +9,7 @@ import torch
 from llmac.core.protocols import Critic, RolloutEngine, Scorer
 from llmac.models.loading import ModelSpec
 from llmac.models.policy import TokenPolicy
+from llmac.models.value_model import HiddenStates
 from llmac.runtime.context import Runtime
 
 
@@ -21,6 +22,8 @@ class CriticBench:
     """The recipe's `model` section."""
     policy: TokenPolicy
     """The policy in training, for a shared trunk."""
+    policy_states: HiddenStates
+    """Its hidden vectors, without gradient, in the form in which it is trained (possibly in shards)."""
     engine: RolloutEngine
     """For critics that sample continuations."""
     score: Scorer

@@ -17,16 +17,16 @@ from llmac.critics.bench import CriticBench
 from llmac.errors import ConfigError
 from llmac.models.loading import add_lora, load_backbone, torch_dtype, train_in_full_mode
 from llmac.models.packing import (
-    PackedRows,
     micro_batches,
     minibatch_rows,
     pack,
     packed_micro_batches,
 )
 from llmac.models.policy import causal_lm
-from llmac.models.value_model import HEAD_FILE, ValueModel
+from llmac.models.value_model import HEAD_FILE, ValueModel, save_head
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
+from llmac.runtime.saving import save_whole, whole_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,12 @@ class ValueHeadConfig(Optimization):
                 "critic.detach_trunk: false with critic.trunk: shared works in one process only, because two "
                 "gradient synchronizations would own the same weights; set detach_trunk: true or trunk: own"
             )
-        model, fresh_head = self._model(bench)
+        with bench.runtime.loading():
+            model, fresh_head = self._model(bench)
         if self.trunk == "own":
             train_in_full_mode(
                 model.backbone, gradient_checkpointing=bench.model.gradient_checkpointing
             )
-        model.to(bench.runtime.device)
         minibatches = self.minibatches or bench.minibatches
         learner = Learner(
             model,
@@ -116,7 +116,9 @@ class ValueHeadConfig(Optimization):
         """The value model, and whether its head was never trained."""
         if self.trunk == "shared":
             trunk = cast(PreTrainedModel, causal_lm(bench.policy.model).base_model)
-            return ValueModel(trunk, detach_trunk=self.detach_trunk), True
+            return ValueModel(
+                trunk, states=bench.policy_states if self.detach_trunk else None
+            ), True
         if (Path(self.init) / HEAD_FILE).is_file():
             saved = ValueModel.from_pretrained(self.init, dtype=torch_dtype(bench.model))
             return self._adapted(saved, bench), False
@@ -137,8 +139,8 @@ class ValueHeadConfig(Optimization):
 class ValueHead:
     """A learning `Critic`.
 
-    Until it is first asked it knows nothing; its head's bias is then set to the mean reward of those rollouts, so that
-    the explained variance at step 0 is 0 and not negative.
+    Until it is first asked it knows nothing; its head is then set to the mean reward of those rollouts, so that the
+    explained variance at step 0 is 0 and not negative.
     """
 
     def __init__(
@@ -180,12 +182,18 @@ class ValueHead:
             self._start_at(rollouts)
         rows, width = rollouts.response_ids.shape
         at, bootstrap = torch.zeros(rows, width), torch.zeros(rows)
-        for index, packed in packed_micro_batches(
-            rollouts.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
-        ):
-            seen = self._seen(packed)
-            at[index, : seen.shape[1] - 1] = seen[:, :-1]
-            bootstrap[index] = seen.gather(1, packed.lengths[:, None]).squeeze(1)
+        micro = list(
+            packed_micro_batches(
+                rollouts.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
+            )
+        )
+        seen = self._learner.look(
+            lambda module, packed: module(packed.to(self._runtime.device)).cpu(),
+            [packed for _, packed in micro],
+        )
+        for (index, packed), values in zip(micro, seen, strict=True):
+            at[index, : values.shape[1] - 1] = values[:, :-1]
+            bootstrap[index] = values.gather(1, packed.lengths[:, None]).squeeze(1)
         return Values(at=at * starts, starts=starts, bootstrap=bootstrap * rollouts.truncated)
 
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
@@ -208,30 +216,27 @@ class ValueHead:
         self._fresh_head = False
 
     def save_pretrained(self, directory: Path, *, policy: Path) -> None:
-        """A folder that `ValueModel.from_pretrained` loads.
+        """A folder that `ValueModel.from_pretrained` loads. Collective.
 
         Args:
             directory: made if missing.
             policy: folder of the policy saved at this moment, adapters merged: the trunk, if it is shared.
         """
-        directory.mkdir(parents=True, exist_ok=True)
-        model = self._model
-        if self._config.trunk == "shared":
-            model = ValueModel(AutoModel.from_pretrained(policy))
-            model.head.load_state_dict(self._model.head.state_dict())
-        model.save_pretrained(directory)
-
-    def _seen(self, packed: PackedRows) -> Tensor:
-        rows = packed.to(self._runtime.device)
-        return self._learner.look(lambda module: module(rows)).cpu()
+        is_main = self._runtime.is_main
+        if self._config.trunk == "own":
+            save_whole(self._model.backbone, directory, is_main=is_main)
+        elif is_main:
+            AutoModel.from_pretrained(policy).save_pretrained(directory)
+        head = whole_weights(self._model.head, keep=is_main)
+        if is_main:
+            save_head(head, directory)
 
     def _start_at(self, rollouts: Rollouts) -> None:
         outcomes = rollouts.rewards.sum(1)
         mean = masked_mean(
             outcomes, torch.ones_like(outcomes, dtype=torch.bool), sum_across=self._runtime.sum
         )
-        with torch.no_grad():
-            self._model.head.bias.fill_(float(mean))
+        self._model.head.offset.fill_(float(mean))
         self._fresh_head = False
 
     def _step(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:

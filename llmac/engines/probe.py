@@ -5,23 +5,22 @@ optimises one policy with the samples of another. Nothing in the weights' journe
 sample a few tokens, and let somebody who certainly has the right weights say how likely they are.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmac.core.protocols import Request, RolloutEngine, SamplingParams
 from llmac.errors import EngineError
+from llmac.runtime.perturbation import perturbed
 
 Reference = Callable[[Sequence[int], Sequence[int]], Sequence[float]]
 """(prompt_ids, response_ids) -> log π of each response token at temperature 1, by the right weights."""
 WeightStream = Iterable[tuple[str, Tensor]]
-ReferenceFor = Callable[[WeightStream | None], Reference]
-"""A `Reference` computing with the given weights; None: with the policy's own."""
 
 PROBE_TOKENS = 16
-PERTURBATION = 0.1
-"""Noise added to every weight, as a fraction of the root mean square of its tensor."""
 TOLERANCE = 1e-3
 """Mean |log μ - log π| allowed when engine and reference compute in float32; what is measured there is below 1e-5."""
 LOW_PRECISION_TOLERANCE = 0.05
@@ -82,10 +81,22 @@ def check_engine_holds(
     return difference
 
 
+class Probed(Protocol):
+    """A policy whose weights can be changed for a moment: `Actor`, or a plain model in `ProbedModule`."""
+
+    def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """Log π of each response token at temperature 1, by the weights of this moment."""
+        ...
+
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Inside, every weight is another one; afterwards all are what they were."""
+        ...
+
+
 def prove_updates_arrive(
     engine: RolloutEngine,
     weights: Callable[[], WeightStream],
-    reference_for: ReferenceFor,
+    policy: Probed,
     prompts: Sequence[Sequence[int]],
     *,
     tolerance: float = TOLERANCE,
@@ -98,32 +109,33 @@ def prove_updates_arrive(
 
     Args:
         engine: the engine under test; it ends with the true weights and the `policy_version` it had.
-        weights: a new stream of the policy's weights, each time it is called.
-        reference_for: says log π with given weights; `module_reference` makes one of a plain module.
-        prompts: one or two are enough.
-        tolerance: see `check_engine_holds`.
-        seed: of the noise and of the sampling.
+        weights: a fresh stream of the policy's weights of this moment.
+        policy: who is sampled from.
+        prompts: token ids to continue.
+        tolerance: mean difference of log-probabilities that counts as rounding.
+        seed: of the sampling.
 
     Returns:
         The mean differences with perturbed ("perturbed") and with true weights ("restored").
 
     Raises:
-        EngineError: an update did not arrive completely.
+        EngineError: the engine does not hold what it was sent.
     """
     version = engine.policy_version
-    engine.load_weights(perturbed(weights(), seed), version)
-    changed = check_engine_holds(
-        engine,
-        reference_for(perturbed(weights(), seed)),
-        prompts,
-        tolerance=tolerance,
-        when="start-up probe, every weight changed",
-        seed=seed,
-    )
+    with policy.perturbed():
+        engine.load_weights(weights(), version)
+        changed = check_engine_holds(
+            engine,
+            policy.logprobs_of,
+            prompts,
+            tolerance=tolerance,
+            when="start-up probe, every weight changed",
+            seed=seed,
+        )
     engine.load_weights(weights(), version)
     restored = check_engine_holds(
         engine,
-        reference_for(None),
+        policy.logprobs_of,
         prompts,
         tolerance=tolerance,
         when="start-up probe, weights restored",
@@ -132,45 +144,22 @@ def prove_updates_arrive(
     return {"perturbed": changed, "restored": restored}
 
 
-def perturbed(weights: WeightStream, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The same stream with noise on every weight that depends only on the seed and the place in the stream.
+class ProbedModule:
+    """A transformers causal language model in this process, whole, as `Probed`."""
 
-        w' = w + 0.1 · rms(w) · ε,    ε ~ N(0, 1);    rms of an all-zero tensor counts as 1
+    def __init__(self, model: nn.Module) -> None:
+        """Take a model whose dropout is off."""
+        self._model = model
 
-    >>> [(name, x)] = perturbed([("w", torch.ones(2))], seed=0)
-    >>> name, bool((x != 1).all())
-    ('w', True)
-    """
-    for place, (name, tensor) in enumerate(weights):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + place)
-        noise = torch.randn(tensor.shape, generator=generator)
-        scale = tensor.float().square().mean().sqrt()
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        yield (
-            name,
-            (tensor.float() + PERTURBATION * scale * noise.to(tensor.device)).to(tensor.dtype),
-        )
+    @torch.no_grad()
+    def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """One forward pass over prompt and response."""
+        device = next(self._model.parameters()).device
+        ids = torch.tensor([[*prompt_ids, *response_ids]], device=device)
+        logits = self._model(input_ids=ids).logits
+        logprobs = logits[0, len(prompt_ids) - 1 : -1].float().log_softmax(dim=-1)
+        return logprobs.gather(1, ids[0, len(prompt_ids) :, None]).squeeze(1).tolist()
 
-
-def module_reference(model: nn.Module) -> ReferenceFor:
-    """References that run a transformers causal LM, in this process and not sharded, over prompt and response.
-
-    Args:
-        model: dropout must be off; it is not changed.
-    """
-
-    def reference_for(stream: WeightStream | None) -> Reference:
-        weights = dict(stream) if stream is not None else {}
-
-        @torch.no_grad()
-        def reference(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
-            ids = torch.tensor(
-                [[*prompt_ids, *response_ids]], device=next(model.parameters()).device
-            )
-            logits = torch.func.functional_call(model, weights, kwargs={"input_ids": ids}).logits
-            logprobs = logits[0, len(prompt_ids) - 1 : -1].float().log_softmax(dim=-1)
-            return logprobs.gather(1, ids[0, len(prompt_ids) :, None]).squeeze(1).tolist()
-
-        return reference
-
-    return reference_for
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Noise on every weight."""
+        return perturbed(self._model, seed=0, rank=0)

@@ -1,7 +1,7 @@
 """The module that is trained: a causal language model that answers with log-probabilities of given responses."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmac.errors import ConfigError
 from llmac.models.loading import LanguageModel
-from llmac.models.logprobs import token_logprobs
+from llmac.models.logprobs import Projection, token_logprobs
 from llmac.models.packing import PackedRows
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ class TokenPolicy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.chunk_mb = chunk_mb
-        self.vocabulary = int(_output_layer(causal_lm(model)).weight.shape[0])
-        self.chunked = _projects_like_its_own_forward(self)
+        self.vocabulary = int(_output_layer(causal_lm(model)).out_features)
+        self._chunked: bool | None = None
 
     def forward(
         self,
@@ -46,26 +46,48 @@ class TokenPolicy(nn.Module):
         *,
         entropy_gradient: bool = False,
         temperature: float | None = None,
+        hidden_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(log-probabilities [b, T], entropies [b, T]) of the tokens the policy sampled; 0 elsewhere."""
+        """(log-probabilities [b, T], entropies [b, T]) of the tokens the policy sampled; 0 elsewhere.
+
+        With `hidden_only` instead (the backbone's hidden vectors, flattened [b * L, H]; an empty tensor): for a critic
+        on this trunk, which must come in by the front door where the weights are sharded.
+        """
+        if hidden_only:
+            hidden = self._hidden(rows.input_ids, split=True)
+            return hidden, hidden.new_empty(0)
+        if self._chunked is None:
+            # Here and not earlier: a sharded model has its weights only inside its forward pass.
+            self._chunked = _projects_like_its_own_forward(self, rows.input_ids.device)
         mask = rows.action_mask
         states = rows.states[:, : mask.shape[1]][mask]
-        chosen, entropy = token_logprobs(
-            self._hidden(rows.input_ids)[states],
-            rows.response_ids[mask],
-            self._project if self.chunked else nn.Identity(),
-            vocabulary=self.vocabulary,
-            temperature=self.temperature if temperature is None else temperature,
-            chunk_mb=self.chunk_mb,
-            entropy_gradient=entropy_gradient,
-        )
+        hidden = self._hidden(rows.input_ids, split=self._chunked)[states]
+
+        def chosen_by(project: Projection) -> tuple[Tensor, Tensor]:
+            return token_logprobs(
+                hidden,
+                rows.response_ids[mask],
+                project,
+                vocabulary=self.vocabulary,
+                temperature=self.temperature if temperature is None else temperature,
+                chunk_mb=self.chunk_mb,
+                entropy_gradient=entropy_gradient,
+            )
+
+        if self._chunked:
+            layer = _output_layer(causal_lm(self.model))
+            chosen, entropy = _inside(
+                layer, hidden, lambda logits_of: chosen_by(lambda h: self._capped(logits_of(h)))
+            )
+        else:
+            chosen, entropy = chosen_by(nn.Identity())
         blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return blank.masked_scatter(mask, chosen), blank.masked_scatter(mask, entropy)
 
-    def _hidden(self, input_ids: Tensor) -> Tensor:
-        """Last hidden vectors, flattened [b * L, H]; logits [b * L, V] for a model that cannot be split."""
+    def _hidden(self, input_ids: Tensor, *, split: bool) -> Tensor:
+        """Last hidden vectors, flattened [b * L, H]; logits [b * L, V] unless the model can be `split`."""
         language_model = causal_lm(self.model)
-        if self.chunked:
+        if split:
             states = language_model.base_model(
                 input_ids=input_ids, use_cache=False
             ).last_hidden_state
@@ -73,13 +95,26 @@ class TokenPolicy(nn.Module):
             states = language_model(input_ids=input_ids, use_cache=False).logits
         return states.flatten(0, 1)
 
-    def _project(self, hidden: Tensor) -> Tensor:
-        language_model = causal_lm(self.model)
-        logits = _output_layer(language_model)(hidden)
-        cap = getattr(
-            language_model.config, "final_logit_softcapping", None
-        )  # Gemma's; absent elsewhere
+    def _capped(self, logits: Tensor) -> Tensor:
+        config = causal_lm(self.model).config
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma's; absent elsewhere
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _inside(
+    layer: nn.Module, hidden: Tensor, work: Callable[[Projection], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Call `layer` once, and let `work` use its own forward as often as it likes meanwhile.
+
+    Where weights are sharded, calling a layer fetches its weights from all ranks. The number of chunks depends on the
+    rows of a rank, so that a call for each chunk would leave ranks waiting for each other.
+    """
+    own = layer.forward
+    layer.forward = lambda _: work(own)
+    try:
+        return layer(hidden)
+    finally:
+        del layer.forward
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -100,16 +135,15 @@ def _output_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 @torch.no_grad()
-def _projects_like_its_own_forward(policy: TokenPolicy) -> bool:
+def _projects_like_its_own_forward(policy: TokenPolicy, device: torch.device) -> bool:
     """Whether backbone + output layer give the model's own logits; some architectures scale or cap in between."""
     language_model = causal_lm(policy.model)
-    policy.chunked = True
-    device = language_model.device
     probe = torch.arange(4, device=device)[None] % policy.vocabulary
     with _evaluating(language_model):
         own = language_model(input_ids=probe, use_cache=False).logits.flatten(0, 1).float()
         try:
-            split = policy._project(policy._hidden(probe)).float()
+            hidden = policy._hidden(probe, split=True)
+            split = policy._capped(_output_layer(language_model)(hidden)).float()
         except (AttributeError, TypeError) as reason:
             logger.info(
                 "%s has no separate backbone (%s); its logits are not chunked",

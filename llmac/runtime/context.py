@@ -18,39 +18,36 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import filter_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
 
 from llmac.errors import ConfigError
+from llmac.runtime.fully_sharded import FullShard
+from llmac.runtime.trained import OptimizerOf, Replicated, Trained
+from llmac.runtime.zero import Zero
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-
 
 class Runtime:
-    """One process among `world_size`: its device, its collectives, its gradients, its trackers.
+    """One process among `world_size`: its device, its collectives, how modules are spread, its trackers.
 
     Works in one process without any launcher, and in every process that `accelerate launch` or
-    `torchrun` starts. The collectives (`sum`, `max`, `gather`, `broadcast`, `barrier`, `prepare`)
-    must be called by all ranks in the same order; in one process they cost nothing.
+    `torchrun` starts. The collectives (`sum`, `max`, `gather`, `broadcast`, `barrier`, `train`,
+    `freeze`) must be called by all ranks in the same order; in one process they cost nothing.
 
     A minibatch split over ranks and micro-batches has the gradient of the whole when each
     micro-batch contributes
 
         loss = total · gradient_scale / weight,    weight = sum(Σ of this rank's own weights)
 
-    because DDP *averages* over ranks: every rank receives (1/R)·Σ_r ∂loss_r, and
-    `gradient_scale` = R undoes the 1/R. Only the last micro-batch synchronises (`accumulate`), and
-    it carries the earlier ones with it; a rank without a last one leaves the others waiting, so
-    every rank needs at least one micro-batch.
+    because gradients are *averaged* over ranks: every rank receives (1/R)·Σ_r ∂loss_r, and
+    `gradient_scale` = R undoes the 1/R.
+
+    Where weights or gradients are sharded, a forward or backward pass is a collective, and all
+    ranks must make the same number of them (`passes`).
 
     >>> runtime = Runtime.create(seed=0, output=None)
     >>> runtime.world_size, runtime.sum(torch.tensor([3])).tolist(), runtime.gather("a")
@@ -58,9 +55,10 @@ class Runtime:
     >>> runtime.close()
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, sharding: Zero | FullShard | None = None) -> None:
         """Wrap an accelerator configured as `create` does it, which is the way to make a Runtime."""
         self._accelerator = accelerator
+        self._sharding = sharding
         self._tracking = False
         self._closed = False
         self.rank: int = accelerator.process_index
@@ -86,12 +84,7 @@ class Runtime:
         Raises:
             ConfigError: the launcher asks for a kind of distribution that is not supported.
         """
-        for variable, name in _UNSUPPORTED.items():
-            if os.environ.get(variable, "false").lower() == "true":
-                raise ConfigError(
-                    f"the accelerate configuration asks for {name}, which llmac does not run yet; "
-                    "launch with recipes/accelerate/single.yaml or recipes/accelerate/ddp.yaml"
-                )
+        asked = _asked_for()
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision != "no":
             # Precision has one owner, the recipe: accelerate's would wrap forward a second time.
@@ -110,17 +103,18 @@ class Runtime:
         if output is not None:
             project = ProjectConfiguration(str(output), logging_dir=str(Path(output) / "trackers"))
         ours = launched and not distributed.is_initialized()
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="no",
-            # Explicit, so that no environment variable divides the loss behind the learner's back.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            project_config=project,
-            kwargs_handlers=handlers,
-        )
+        with _plain_accelerate():
+            accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision="no",
+                # Explicit, so that no environment variable divides the loss behind the learner's back.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                project_config=project,
+                kwargs_handlers=handlers,
+            )
         if ours:
             atexit.register(_leave)
-        runtime = cls(accelerator)
+        runtime = cls(accelerator, _sharding(asked, accelerator))
         runtime.seed(seed)
         return runtime
 
@@ -197,67 +191,55 @@ class Runtime:
         torch.manual_seed(own)
         return own
 
-    def prepare(self, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Move both to the device and tie the gradients across ranks; rank 0's weights win.
+    def train(self, module: nn.Module, optimizer_of: OptimizerOf, *, max_norm: float) -> Trained:
+        """Move a module to the device, spread it over the ranks as the launcher asked, add its optimizer.
 
-        A forward pass that leads to `backward` must go through the returned module, not through a
-        part of it: gradients are synchronised only for what entered by the front door, and every
-        trainable parameter must take part in it.
+        Rank 0's weights win. Every trainable parameter must take part in every forward pass that
+        leads to a backward pass.
+
+        Args:
+            module: what learns; built alike on every rank.
+            optimizer_of: called once, with the module in the form in which it learns.
+            max_norm: gradients are clipped to this norm, `math.inf` for never.
         """
-        prepared, optimizer = self._accelerator.prepare(module, optimizer)
+        if isinstance(self._sharding, Zero):
+            return self._sharding.train(module, optimizer_of, max_norm=max_norm)
+        if isinstance(self._sharding, FullShard):
+            return self._sharding.train(module.to(self.device), optimizer_of)
+        prepared, optimizer = self._accelerator.prepare(module, optimizer_of(module))
         if isinstance(prepared, DistributedDataParallel):
             # Otherwise even a forward without gradients is a collective, and ranks with different
             # numbers of them (ragged rollouts) would wait for each other for ever.
             prepared.broadcast_buffers = False
-        return prepared, optimizer
+        return Replicated(prepared, optimizer, is_main=self.is_main)
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        """The module as it was before `prepare`."""
-        return module.module if isinstance(module, DistributedDataParallel) else module
+    def freeze(self, module: nn.Module) -> nn.Module:
+        """Move a module that only looks to the device, in shards where weights are sharded; returns what to call."""
+        module.requires_grad_(False).eval()
+        if isinstance(self._sharding, Zero) and self._sharding.stage == 3:
+            return self._sharding.freeze(module)
+        if isinstance(self._sharding, FullShard):
+            return self._sharding.freeze(module.to(self.device))
+        return module.to(self.device)
 
-    @contextlib.contextmanager
-    def accumulate(self, module: nn.Module, *, sync: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch; `sync` for the last of a minibatch only.
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        """Around `from_pretrained` of a module for `train` or `freeze`: shards from the start, where asked for."""
+        return (
+            self._sharding.loading()
+            if isinstance(self._sharding, Zero)
+            else contextlib.nullcontext()
+        )
 
-        Without `sync` gradients stay on this rank and add up.
-        """
-        if sync or not isinstance(module, DistributedDataParallel):
-            yield
-        else:
-            with module.no_sync():
-                yield
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether a pass through a module is a collective, so that all ranks must make equally many."""
+        return not isinstance(self._sharding, Zero | None) or (
+            self._sharding is not None and self._sharding.stage > 1
+        )
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients; in a micro-batch with `sync`, average them over ranks as well."""
-        self._accelerator.backward(loss)
-
-    def clip_grad_norm(self, module: nn.Module, max_norm: float) -> Tensor:
-        """Scale gradients to a joint L2 norm of at most `max_norm`; returns the norm before, 0-d.
-
-        The same on every rank, because gradients are. A norm that is not finite is returned with
-        the gradients left as they are: scaling would make all of them NaN and hide where it began.
-
-        Args:
-            module: whose gradients; parameters without one are skipped.
-            max_norm: `math.inf` only measures.
-        """
-        parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if parameters and torch.isfinite(norm):
-            clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm.detach()
-
-    def step(self, module: nn.Module, optimizer: Optimizer, *, max_norm: float) -> Tensor:
-        """Clip, update, forget the gradients; returns the norm before clipping.
-
-        When the norm is not finite no weight changes, on any rank; whoever calls decides what that
-        means. One call, because engines that own the update (ZeRO) do the three as one.
-        """
-        norm = self.clip_grad_norm(module, max_norm)
-        if torch.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad()
-        return norm
+    def passes(self, own: int) -> int:
+        """Passes this rank has to make when it needs `own`: the most of all ranks, where they are in lockstep."""
+        return int(self.max(own)) if self.in_lockstep else own
 
     def autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
         """Compute in `dtype` where that is safe; None or float32: in the weights' own precision."""
@@ -311,6 +293,53 @@ class Runtime:
             except (RuntimeError, ValueError) as error:
                 # Another rank died, or an in-process vLLM that closed first took the group along.
                 logger.debug("the process group was already gone: %s", error)
+
+
+def _asked_for() -> str | None:
+    """The kind of sharding that the launcher asked for.
+
+    Raises:
+        ConfigError: a kind that is not supported.
+    """
+    asked = {
+        name
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+    }
+    old = "FSDP" in asked and os.environ.get("FSDP_VERSION", "1") != "2"
+    if old or "MEGATRON_LM" in asked:
+        raise ConfigError(
+            f"the accelerate configuration asks for {'FSDP version 1' if old else 'Megatron-LM'}, which llmac does not "
+            "run; launch with one of recipes/accelerate/ (ddp, zero1, zero2, zero3, zero3_offload, fsdp2)"
+        )
+    return next(iter(asked), None)
+
+
+def _sharding(asked: str | None, accelerator: Accelerator) -> Zero | FullShard | None:
+    world_size, device = accelerator.num_processes, accelerator.device
+    if asked == "DEEPSPEED":
+        if not distributed.is_initialized():  # one process, say with its optimizer in main memory
+            backend = "gloo" if device.type == "cpu" else "nccl"
+            distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        return Zero.from_environment(world_size=world_size, on_cpu=device.type == "cpu")
+    if asked == "FSDP" and world_size > 1:
+        return FullShard(world_size=world_size, device=device)
+    return None
+
+
+@contextlib.contextmanager
+def _plain_accelerate() -> Iterator[None]:
+    """Inside, accelerate starts processes and trackers and leaves modules alone: sharding is done by `train`."""
+    names = [
+        name for name in os.environ if name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    ]
+    kept = {name: os.environ.pop(name) for name in names}
+    # transformers would load weights on rank 0 only.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _leave() -> None:

@@ -1,5 +1,6 @@
 """One optimizer step from many micro-batches on many ranks, with one denominator."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,8 @@ from llmac.runtime.context import Runtime
 
 Rows = TypeVar("Rows")
 Seen = TypeVar("Seen")
+
+_PROGRESS = "learner.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +96,6 @@ class Learner:
             compute_dtype: autocast forward passes to this; None = the parameters' own.
             before_learning: called before each use; a colocated engine sleeps here.
         """
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            _decay_groups(module, optimization.weight_decay),
-            lr=optimization.lr,
-            betas=optimization.betas,
-            eps=optimization.eps,
-            fused=_fusable(trainable),
-        )
         self._runtime = runtime
         self._name = name
         self._optimization = optimization
@@ -108,14 +103,27 @@ class Learner:
         self._compute_dtype = compute_dtype
         self._before_learning = before_learning
         self.steps = 0
-        self.module, self._optimizer = runtime.prepare(module, optimizer)
+        self.trained = runtime.train(
+            module, self._optimizer_of, max_norm=optimization.max_grad_norm
+        )
 
     @torch.no_grad()
-    def look(self, forward: Callable[[nn.Module], Seen]) -> Seen:
-        """Run `forward` on the module without gradients, in the precision of training."""
+    def look(
+        self, forward: Callable[[nn.Module, Rows], Seen], micro_batches: Sequence[Rows]
+    ) -> list[Seen]:
+        """Run `forward` on the module for each micro-batch, without gradients, in the precision of training.
+
+        Every rank calls this with at least one micro-batch; where passes are collective, a rank that has fewer repeats
+        its first one for the others' sake.
+        """
         self._before_learning()
+        # First of all: a forward pass may contain collectives of its own.
+        extra = self._runtime.passes(len(micro_batches)) - len(micro_batches)
         with self._runtime.autocast(self._compute_dtype):
-            return forward(self._runtime.unwrap(self.module))
+            seen = [forward(self.trained.looking, rows) for rows in micro_batches]
+            for _ in range(extra):
+                forward(self.trained.looking, micro_batches[0])
+        return seen
 
     def update(
         self,
@@ -143,25 +151,24 @@ class Learner:
         metrics: dict[str, Measure] = {}
         seen = 0.0
         scale = self._runtime.gradient_scale / global_weight
-        for index, rows in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with self._runtime.accumulate(self.module, sync=last):
+        passes = self._runtime.passes(len(micro_batches))
+        for index in range(passes):
+            extra = index >= len(micro_batches)  # for the sake of ranks that have more
+            rows = micro_batches[0 if extra else index]
+            with self.trained.accumulate(sync=index == passes - 1):
                 with self._runtime.autocast(self._compute_dtype):
-                    loss = loss_of(self.module, rows)
-                self._runtime.backward(loss.total * scale)
-            seen += float(loss.weight)
-            metrics = combine(metrics, loss.metrics)
+                    loss = loss_of(self.trained.learning, rows)
+                self.trained.backward(loss.total * (0.0 if extra else scale))
+            if not extra:
+                seen += float(loss.weight)
+                metrics = combine(metrics, loss.metrics)
         if not math.isclose(seen, float(weight), rel_tol=1e-4, abs_tol=1e-6):
             raise ConsistencyError(
                 f"{self._name}: the micro-batches weigh {seen} together, but the minibatch was announced with "
                 f"{float(weight)}; loss_weight and policy_loss of the algorithm disagree"
             )
         lr = self._optimization.lr * self._optimization.lr_factor(self.steps, self._total_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        norm = self._runtime.step(
-            self.module, self._optimizer, max_norm=self._optimization.max_grad_norm
-        )
+        norm = self.trained.step(lr=lr, max_norm=self._optimization.max_grad_norm)
         if not math.isfinite(float(norm)):
             raise ConsistencyError(
                 f"{self._name}: the gradient norm is {float(norm)} at optimizer step {self.steps}; "
@@ -174,38 +181,24 @@ class Learner:
 
     def save(self, directory: Path) -> None:
         """Write module, optimizer and step count (role of a checkpoint)."""
+        self.trained.save(directory)
         if self._runtime.is_main:
-            torch.save(
-                {
-                    "module": _trainable_state(self._runtime.unwrap(self.module)),
-                    "optimizer": self._optimizer.state_dict(),
-                    "steps": self.steps,
-                },
-                directory / "learner.pt",
-            )
+            (directory / _PROGRESS).write_text(json.dumps({"steps": self.steps}))
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote."""
-        state = torch.load(directory / "learner.pt", map_location="cpu", weights_only=True)
-        module = self._runtime.unwrap(self.module)
-        missing, unexpected = module.load_state_dict(state["module"], strict=False)
-        wanted = {name for name, p in module.named_parameters() if p.requires_grad}
-        lost = sorted(wanted.intersection(missing)) + sorted(unexpected)
-        if lost:
-            raise ConsistencyError(
-                f"{self._name}: checkpoint {directory} does not fit the module: {lost[:5]}"
-            )
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.steps = int(state["steps"])
+        self.trained.load(directory)
+        self.steps = int(json.loads((directory / _PROGRESS).read_text())["steps"])
 
-
-def _trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that learn, and buffers; a frozen base is loaded from where it came from."""
-    trained = {
-        name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad
-    }
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False)} - trained
-    return {name: t for name, t in module.state_dict().items() if name not in frozen}
+    def _optimizer_of(self, module: nn.Module) -> torch.optim.Optimizer:
+        optimization = self._optimization
+        return torch.optim.AdamW(
+            _decay_groups(module, optimization.weight_decay),
+            lr=optimization.lr,
+            betas=optimization.betas,
+            eps=optimization.eps,
+            fused=_fusable([p for p in module.parameters() if p.requires_grad]),
+        )
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -153,10 +153,15 @@ def bench(runtime, policy):
     class Model:
         gradient_checkpointing = False
 
+    @torch.no_grad()
+    def states(rows):
+        return policy(rows, hidden_only=True)[0]
+
     return CriticBench(
         runtime=runtime,
         model=Model(),
         policy=policy,
+        policy_states=states,
         engine=None,
         score=None,
         pad_id=0,

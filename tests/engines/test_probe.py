@@ -4,9 +4,8 @@ import torch
 from llmac.core.protocols import Request, SamplingParams
 from llmac.engines.hf_engine import HFEngine
 from llmac.engines.probe import (
+    ProbedModule,
     check_engine_holds,
-    module_reference,
-    perturbed,
     prove_updates_arrive,
     sampler_difference,
 )
@@ -32,7 +31,7 @@ def test_a_healthy_engine_passes_and_ends_with_the_true_weights(make_model, toke
     requests = [Request(prompt_ids=PROMPTS[0], params=SamplingParams(max_new_tokens=8, seed=0))]
     before = engine.generate(requests)
     state = torch.get_rng_state()
-    found = prove_updates_arrive(engine, model.named_parameters, module_reference(model), PROMPTS)
+    found = prove_updates_arrive(engine, model.named_parameters, ProbedModule(model), PROMPTS)
     assert set(found) == {"perturbed", "restored"}
     assert all(difference < 1e-4 for difference in found.values())
     assert engine.generate(requests) == before
@@ -46,7 +45,7 @@ def test_a_single_weight_that_stays_behind_is_caught(tied, make_model, tokenizer
         engine = Forgetful(make_model(tied=tied), tokenizer)
         engine.forgets = name
         with pytest.raises(EngineError, match="every weight changed"):
-            prove_updates_arrive(engine, model.named_parameters, module_reference(model), PROMPTS)
+            prove_updates_arrive(engine, model.named_parameters, ProbedModule(model), PROMPTS)
 
 
 def test_an_engine_that_ignores_updates_agrees_until_the_policy_learns(make_model, tokenizer):
@@ -55,17 +54,17 @@ def test_an_engine_that_ignores_updates_agrees_until_the_policy_learns(make_mode
             list(weights)
 
     model, engine = make_model(), Deaf(make_model(), tokenizer)
-    assert check_engine_holds(engine, module_reference(model)(None), PROMPTS) < 1e-4
+    assert check_engine_holds(engine, ProbedModule(model).logprobs_of, PROMPTS) < 1e-4
     with pytest.raises(EngineError, match="every weight changed"):
-        prove_updates_arrive(engine, model.named_parameters, module_reference(model), PROMPTS)
+        prove_updates_arrive(engine, model.named_parameters, ProbedModule(model), PROMPTS)
 
 
 def test_other_weights_are_told_from_the_policys(make_model, tokenizer):
     engine = HFEngine(make_model(seed=1), tokenizer)
-    assert sampler_difference(engine, module_reference(make_model(seed=1))(None), PROMPTS) < 1e-4
+    assert sampler_difference(engine, ProbedModule(make_model(seed=1)).logprobs_of, PROMPTS) < 1e-4
     with pytest.raises(EngineError, match=r"step 50.*rollout\.dtype"):
         check_engine_holds(
-            engine, module_reference(make_model(seed=2))(None), PROMPTS, when="step 50"
+            engine, ProbedModule(make_model(seed=2)).logprobs_of, PROMPTS, when="step 50"
         )
 
 
@@ -73,14 +72,3 @@ def test_not_a_number_does_not_pass(make_model, tokenizer):
     engine = HFEngine(make_model(), tokenizer)
     with pytest.raises(EngineError, match="nan"):
         check_engine_holds(engine, lambda prompt, response: [float("nan")] * len(response), PROMPTS)
-
-
-def test_every_tensor_is_perturbed_alike_in_two_passes(make_model):
-    weights = dict(make_model().named_parameters())
-    once, again = (dict(perturbed(weights.items(), seed=3)) for _ in range(2))
-    for name, weight in weights.items():
-        assert torch.equal(once[name], again[name])
-        change = (once[name] - weight).square().mean().sqrt()
-        size = weight.square().mean().sqrt() or torch.tensor(1.0)
-        # The noise of a small tensor scatters around its expected size: 0.1 of the weights'.
-        assert 0.07 < change / size < 0.13, name

@@ -48,8 +48,10 @@ def test_logprobs_of_ragged_rows_equal_the_models_own(
 @pytest.mark.parametrize(
     ("architecture", "chunked"), [("qwen2", True), ("gemma2", True), ("granite", False)]
 )
-def test_a_model_that_scales_its_logits_is_found_out(make_model, architecture, chunked):
-    assert TokenPolicy(make_model(architecture), temperature=1.0, chunk_mb=1.0).chunked is chunked
+def test_a_model_that_scales_its_logits_is_found_out(make_model, architecture, chunked, ragged):
+    policy = TokenPolicy(make_model(architecture), temperature=1.0, chunk_mb=1.0)
+    policy(pack(ragged, pad_id=0))
+    assert policy._chunked is chunked
 
 
 def test_padding_tokens_change_nothing(make_model, ragged):

@@ -6,7 +6,7 @@ from transformers import AutoModel
 
 from llmac.errors import CheckpointError
 from llmac.models.packing import pack
-from llmac.models.value_model import ValueModel
+from llmac.models.value_model import ValueModel, save_head
 
 
 @pytest.fixture
@@ -14,13 +14,14 @@ def value_model(make_model):
     model = ValueModel(make_model(auto=AutoModel))
     with torch.no_grad():
         model.head.weight.normal_()
+        model.head.offset.fill_(0.5)
     return model
 
 
-def test_a_fresh_head_says_its_bias_everywhere(make_model, ragged):
+def test_a_fresh_head_says_its_offset_everywhere(make_model, ragged):
     model = ValueModel(make_model(auto=AutoModel))
+    model.head.offset.fill_(0.25)
     with torch.no_grad():
-        model.head.bias.fill_(0.25)
         assert torch.equal(model(pack(ragged, pad_id=0)), torch.full((4, 5), 0.25))
 
 
@@ -44,7 +45,8 @@ def test_values_of_ragged_rows_equal_those_of_each_row_alone(value_model, ragged
 
 
 def test_a_saved_value_model_says_the_same(value_model, ragged, tmp_path):
-    value_model.save_pretrained(tmp_path)
+    value_model.backbone.save_pretrained(tmp_path)
+    save_head(value_model.head.state_dict(), tmp_path)
     with torch.no_grad():
         again = ValueModel.from_pretrained(tmp_path)(pack(ragged, pad_id=0))
         assert torch.equal(again, value_model(pack(ragged, pad_id=0)))
@@ -57,14 +59,20 @@ def test_a_folder_without_a_head_is_refused(make_model, tmp_path):
         ValueModel.from_pretrained(tmp_path)
 
 
-def test_a_detached_trunk_learns_nothing_from_values(make_model, ragged):
+def test_a_borrowed_trunk_learns_nothing_from_values(make_model, ragged):
     trunk = make_model(auto=AutoModel)
-    model = ValueModel(trunk, detach_trunk=True)
+
+    @torch.no_grad()
+    def states(rows):
+        return trunk(input_ids=rows.input_ids).last_hidden_state.flatten(0, 1)
+
+    borrowed, own = ValueModel(trunk, states=states), ValueModel(trunk)
     with torch.no_grad():
-        model.head.weight.normal_()
-    model(pack(ragged, pad_id=0)).sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
-        "head.weight",
-        "head.bias",
-    }
+        borrowed.head.weight.normal_()
+        own.head.load_state_dict(borrowed.head.state_dict())
+    rows = pack(ragged, pad_id=0)
+    assert torch.equal(borrowed(rows), own(rows))
+    borrowed(rows).sum().backward()
+    assert set(dict(borrowed.named_parameters())) == {"head.weight", "head.bias"}
+    assert borrowed.head.weight.grad is not None
     assert all(p.grad is None for p in trunk.parameters())

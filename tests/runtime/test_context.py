@@ -18,6 +18,10 @@ def runtime():
     runtime.close()
 
 
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), lr=1.0)
+
+
 def test_one_process_is_rank_0_and_its_collectives_are_the_identity(runtime):
     assert (runtime.rank, runtime.world_size, runtime.local_rank) == (0, 1, 0)
     assert runtime.is_main
@@ -53,53 +57,12 @@ def test_the_same_seed_draws_the_same_and_neighbouring_seeds_do_not(runtime):
     assert torch.equal(torch.rand(3), first)
 
 
-def two_gradients(a: float, b: float) -> nn.Module:
-    module = nn.Linear(2, 1, bias=False)
-    module.weight.grad = torch.tensor([[a, b]])
-    return module
-
-
-def test_gradients_are_scaled_to_the_norm_and_the_norm_before_is_returned(runtime):
-    module = two_gradients(3.0, 4.0)
-    norm = runtime.clip_grad_norm(module, 1.0)
-    assert norm.item() == 5.0  # sqrt(9 + 16)
-    torch.testing.assert_close(next(module.parameters()).grad, torch.tensor([[0.6, 0.8]]))
-
-
-def test_an_infinite_limit_only_measures(runtime):
-    module = two_gradients(3.0, 4.0)
-    assert runtime.clip_grad_norm(module, math.inf).item() == 5.0
-    assert torch.equal(module.weight.grad, torch.tensor([[3.0, 4.0]]))  # type: ignore[arg-type]
-
-
-def test_a_norm_that_is_not_finite_leaves_gradients_and_weights_alone(runtime):
-    module = two_gradients(math.nan, 4.0)
-    before = module.weight.detach().clone()  # type: ignore[operator]
-    assert runtime.clip_grad_norm(module, 1.0).isnan()
-    assert module.weight.grad[0, 1].item() == 4.0  # type: ignore[index]
-    module, optimizer = runtime.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
-    assert runtime.step(module, optimizer, max_norm=1.0).isnan()
-    assert torch.equal(module.weight, before)  # type: ignore[arg-type]
-    assert module.weight.grad is None
-
-
-def test_a_step_clips_updates_and_forgets(runtime):
-    module = two_gradients(3.0, 4.0)
-    before = module.weight.detach().clone()  # type: ignore[operator]
-    module, optimizer = runtime.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
-    norm = runtime.step(module, optimizer, max_norm=1.0)
-    assert norm.item() == 5.0
-    torch.testing.assert_close(module.weight, before - torch.tensor([[0.6, 0.8]]))
-    assert module.weight.grad is None
-
-
 def test_no_environment_variable_divides_the_loss(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     runtime = Runtime.create(seed=0, output=None)
-    weight = torch.ones(1, requires_grad=True)
-    runtime.backward(3.0 * weight.sum())
-    assert weight.grad is not None
-    assert weight.grad.item() == 3.0
+    trained = runtime.train(nn.Linear(1, 1), sgd, max_norm=math.inf)
+    trained.backward(3.0 * trained.learning(torch.ones(1)).sum())
+    assert trained.inner.weight.grad.item() == 3.0
     runtime.close()
 
 
@@ -108,9 +71,8 @@ def test_a_launchers_mixed_precision_is_said_to_have_no_effect(monkeypatch, capl
     with caplog.at_level(logging.WARNING):
         runtime = Runtime.create(seed=0, output=None)
     assert "mixed_precision=bf16 has no effect" in caplog.text
-    module = nn.Linear(2, 2)
-    module, _ = runtime.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))
-    assert module(torch.ones(1, 2)).dtype == torch.float32
+    trained = runtime.train(nn.Linear(2, 2), sgd, max_norm=math.inf)
+    assert trained.learning(torch.ones(1, 2)).dtype == torch.float32
     runtime.close()
 
 
@@ -125,10 +87,23 @@ def test_autocast_computes_in_the_asked_precision(runtime):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
 
 
-def test_a_distribution_we_do_not_run_is_refused_by_name(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"asks for DeepSpeed.*ddp\.yaml"):
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1"),
+    ],
+)
+def test_a_distribution_we_do_not_run_is_refused_by_name(settings, named, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"asks for {named}.*zero3"):
         Runtime.create(seed=0, output=None)
+
+
+def test_one_process_waits_for_nobody(runtime):
+    assert not runtime.in_lockstep
+    assert runtime.passes(3) == 3
 
 
 def test_tensorboard_writes_into_the_run_directory(tmp_path):

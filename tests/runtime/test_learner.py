@@ -46,7 +46,7 @@ def parts(*sizes):
 
 def test_the_step_follows_the_gradient_of_the_mean(runtime):
     learner = linear(runtime)
-    module = learner.module
+    module = learner.trained.inner
     before = torch.cat([p.detach().flatten() for p in module.parameters()])
     w, b = (
         module.weight.detach().clone().requires_grad_(),
@@ -70,7 +70,7 @@ def test_how_rows_are_cut_into_micro_batches_changes_nothing(runtime):
     for sizes in [(3,), (1, 2), (1, 1, 1)]:
         learner = linear(runtime)
         learner.update(parts(*sizes), squared_error, torch.tensor(3.0))
-        steps.append(learner.module.weight.detach().clone())
+        steps.append(learner.trained.inner.weight.detach().clone())
     torch.testing.assert_close(steps[0], steps[1])
     torch.testing.assert_close(steps[0], steps[2])
 
@@ -82,19 +82,19 @@ def test_a_loss_that_weighs_something_else_than_announced_stops(runtime):
 
 def test_a_gradient_that_is_not_finite_stops_and_leaves_the_weights(runtime):
     learner = linear(runtime)
-    before = learner.module.weight.detach().clone()
+    before = learner.trained.inner.weight.detach().clone()
     rows = [(X, torch.tensor([1.0, math.inf, 0.0]))]
     with pytest.raises(ConsistencyError, match=r"gradient norm is (inf|nan) at optimizer step 0"):
         learner.update(rows, squared_error, torch.tensor(3.0))
-    assert torch.equal(learner.module.weight, before)
+    assert torch.equal(learner.trained.inner.weight, before)
 
 
 def test_a_minibatch_without_a_single_token_is_counted_and_skipped(runtime):
     learner = linear(runtime)
-    before = learner.module.weight.detach().clone()
+    before = learner.trained.inner.weight.detach().clone()
     metrics = learner.update([(X[:0], Y[:0])], squared_error, torch.tensor(0.0))
     assert metrics["actor/empty_minibatches"].value == 1
-    assert torch.equal(learner.module.weight, before)
+    assert torch.equal(learner.trained.inner.weight, before)
     assert learner.steps == 0
 
 
@@ -109,7 +109,7 @@ def test_a_restored_learner_continues_bitwise(runtime, tmp_path):
     resumed.load(tmp_path)
     for _ in range(2):
         resumed.update(parts(3), squared_error, torch.tensor(3.0))
-    assert torch.equal(straight.module.weight, resumed.module.weight)
+    assert torch.equal(straight.trained.inner.weight, resumed.trained.inner.weight)
     assert resumed.steps == 4
 
 
@@ -130,6 +130,7 @@ def test_schedules(schedule, expected):
 def test_weight_decay_spares_biases(runtime):
     learner = linear(runtime, weight_decay=0.5)
     decays = {
-        tuple(g["params"][0].shape): g["weight_decay"] for g in learner._optimizer.param_groups
+        tuple(g["params"][0].shape): g["weight_decay"]
+        for g in learner._optimizer_of(learner.trained.inner).param_groups
     }
     assert decays == {(1, 2): 0.5, (1,): 0.0}

@@ -53,28 +53,29 @@ def any_split_has_the_gradient_of_the_whole(runtime: Runtime) -> None:
     module.register_buffer("angles", torch.ones(2))  # as rotary embeddings have; see the look below
     if runtime.rank == 1:  # prepare must bring rank 0's weights
         nn.init.zeros_(module[0].weight)  # type: ignore[arg-type]
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    prepared, optimizer = runtime.prepare(module, optimizer)
+    trained = runtime.train(
+        module, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), max_norm=1e-3
+    )
     parts = [rows[0:1], rows[1:4]] if runtime.rank == 0 else [rows[4:7]]
     weight = float(runtime.sum(torch.tensor(sum(map(len, parts)))))
     for index, part in enumerate(parts):
-        with runtime.accumulate(prepared, sync=index == len(parts) - 1):
-            total = prepared(part).square().sum()
-            runtime.backward(total * runtime.gradient_scale / weight)
-    for got, want in zip(prepared.parameters(), reference.parameters(), strict=True):
+        with trained.accumulate(sync=index == len(parts) - 1):
+            total = trained.learning(part).square().sum()
+            trained.backward(total * runtime.gradient_scale / weight)
+    for got, want in zip(module.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad)
 
     with torch.no_grad():  # ranks may look at different numbers of rows without waiting
         for _ in range(runtime.rank):
-            prepared(rows)
-    norm = runtime.step(prepared, optimizer, max_norm=1e-3)
+            trained.looking(rows)
+    norm = trained.step(lr=0.1, max_norm=1e-3)
     norms = runtime.gather(norm.item())
     assert norms[0] == norms[1] > 1e-3
     after = [parameter.tolist() for parameter in module.parameters()]
     first, second = runtime.gather(after)
     assert first == second
-    assert runtime.unwrap(prepared) is module
-    assert [name for name, _ in full_weights(prepared)] == list(module.state_dict())
+    assert trained.inner is module
+    assert [name for name, _ in full_weights(trained.learning)] == list(module.state_dict())
 
 
 class PerRank:
