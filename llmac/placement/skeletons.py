@@ -173,10 +173,21 @@ def _built(auto: Any, ident: _Ident) -> Any:
             "Set model.name to a Hub id that can be reached, or to a folder with the model's config.json (the weights "
             "are not needed)"
         ) from reason
-    with torch.device("meta"):
-        return auto.from_config(
-            config, dtype=ident.dtype, trust_remote_code=ident.trust_remote_code
+    if getattr(config.get_text_config(), "num_attention_heads", None) is None:  # state spaces
+        raise ConfigError(
+            f"{ident.name!r} is a {type(config).__name__}, which has no attention; cache and activations are planned "
+            "for transformers only"
         )
+    try:
+        with torch.device("meta"):
+            return auto.from_config(
+                config, dtype=ident.dtype, trust_remote_code=ident.trust_remote_code
+            )
+    except ValueError as reason:
+        raise ConfigError(
+            f"{ident.name!r} is a {type(config).__name__}, which {auto.__name__} cannot build; model.name must be a "
+            f"causal language model, and a reward model a sequence classifier: {str(reason)[:200]}"
+        ) from reason
 
 
 def _adapted(model: Any, adapters: _Adapters | None, task: str) -> Any:

@@ -1,6 +1,6 @@
 """One of two processes: cut a tiny model in every way, take real steps, say how many bytes each part has.
 
-    torchrun --nproc_per_node 2 shards_worker.py <folder> <dtype>
+    torchrun --nproc_per_node 2 shards_worker.py <folder>
 
 Rank 0 writes <folder>/measured.json.
 """
@@ -18,14 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def main():
-    folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
+    folder = Path(sys.argv[1])
     distributed.init_process_group("gloo")
     config = AutoConfig.from_pretrained(folder)
     measured = {}
-    for name, cut in {"zero1": zero, "zero2": zero, "zero3": zero, "fsdp2": fsdp2}.items():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        measured[name] = cut(model, dtype, int(name[-1]))
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, cut in {"zero1": zero, "zero2": zero, "zero3": zero, "fsdp2": fsdp2}.items():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+            precision = str(dtype).removeprefix("torch.")
+            measured[f"{name} {precision}"] = cut(model, dtype, int(name[-1]))
     if distributed.get_rank() == 0:
         (folder / "measured.json").write_text(json.dumps(measured))
     distributed.barrier()

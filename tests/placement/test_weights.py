@@ -1,6 +1,7 @@
 """Parameters, gradients and optimizer: counted, and compared with what PyTorch allocates."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -120,6 +121,19 @@ def test_a_name_without_configuration_is_a_clear_error(tmp_path):
         policy_skeleton(ModelConfig(name=str(tmp_path / "nothing")))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mamba"}, "MambaConfig, which has no attention"),
+        ({"model_type": "t5"}, "T5Config, which AutoModelForCausalLM cannot build"),
+    ],
+)
+def test_models_that_cannot_be_planned_are_named(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        policy_skeleton(ModelConfig(name=str(tmp_path)))
+
+
 # Two weights, a matrix of 1000 x 100 and a vector of 100: P = 100,100 elements. On 4 ranks DeepSpeed flattens matrices
 # and vectors apart and pads each to a multiple of 2 · 4: 25,000 + 26 elements a rank.
 PAIR = module(weight(1000, 100), weight(100))
@@ -174,6 +188,13 @@ def test_offload_moves_gradients_and_optimizer_to_main_memory():
     assert found.optimizer == found.gradients == 0
 
 
+def test_shards_of_what_does_not_divide_are_those_of_the_fullest_rank():
+    odd = module(weight(1001, 100))
+    # FSDP2 deals out rows, 251 to the first ranks; ZeRO-3 numbers, 25,025 of 100,100.
+    assert held(odd, Sharding.FSDP2, 4).parameters == 251 * 100 * 4
+    assert held(odd, Sharding.ZERO3, 4).parameters == 25_025 * 4
+
+
 def test_gradients_travel_in_buckets_of_their_own_size_between_ddp_processes():
     assert held(PAIR, Sharding.DDP, 1).buffers == 0
     assert held(PAIR, Sharding.DDP, 2).buffers == held(PAIR, Sharding.DDP, 2).gradients
@@ -182,7 +203,8 @@ def test_gradients_travel_in_buckets_of_their_own_size_between_ddp_processes():
 def test_deepspeed_casts_a_float32_head_with_its_bfloat16_trunk():
     mixed = module(weight(1000, 100, item_bytes=2), weight(1, 100, item_bytes=4))
     same = module(weight(1000, 100, item_bytes=2), weight(1, 100, item_bytes=2))
-    assert held(mixed, Sharding.ZERO2, 2) == held(same, Sharding.ZERO2, 2)
+    for stage in (Sharding.ZERO1, Sharding.ZERO2, Sharding.ZERO3):
+        assert held(mixed, stage, 2) == held(same, stage, 2)
     assert held(mixed, Sharding.DDP, 2) != held(same, Sharding.DDP, 2)
 
 
