@@ -1,6 +1,6 @@
-"""The console script `llmac`: look at a recipe, check it, list the algorithms, bring a configuration over.
+"""The console script `llmac`: look at a recipe, check it, serve its model, list the algorithms, bring a configuration over.
 
-Training is started by `accelerate launch recipes/train.py`; nothing here loads a model.
+Training is started by `accelerate launch recipes/train.py`; nothing here loads a model: `serve` becomes vLLM, which does.
 """
 
 import argparse
@@ -16,7 +16,12 @@ DOES_NOT_FIT = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 1 when something is wrong, with one message and no traceback."""
-    parsed = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    vllm_words: list[str] = []
+    if words[:1] == ["serve"] and "--" in words:
+        cut = words.index("--")
+        words, vllm_words = words[:cut], words[cut + 1 :]
+    parsed = _parser().parse_args(words, argparse.Namespace(vllm_words=vllm_words))
     try:
         return parsed.command(parsed)
     except LlmacError as error:
@@ -70,6 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--json", action="store_true", help="bytes, for programs")
     plan.set_defaults(command=_plan)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a recipe's model with vLLM, for a trainer elsewhere to feed",
+        epilog="further arguments of `vllm serve` after --, such as -- --data-parallel-size 4",
+    )
+    serve.add_argument("recipe", help="a recipe's YAML file, the one the trainer takes")
+    serve.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    serve.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
+    serve.add_argument("--port", type=int, default=8000, help="to listen on (default 8000)")
+    serve.set_defaults(command=_serve)
     algorithms = commands.add_parser("algorithms", help="list algorithms and critics")
     algorithms.set_defaults(command=_algorithms)
     bring = commands.add_parser(
@@ -139,6 +154,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         show(found, ways)
     return 0 if found.fits else DOES_NOT_FIT
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from llmac.config import load_recipe
+    from llmac.serve import serve
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    serve(recipe, host=arguments.host, port=arguments.port, more=arguments.vllm_words)
 
 
 def _algorithms(arguments: argparse.Namespace) -> int:

@@ -136,7 +136,7 @@ def server_environment(gpus: Sequence[int] | None = None) -> dict[str, str]:
     """The environment of a server started from here, from inside of a training job or not.
 
     Args:
-        gpus: those the server may use; None: those this process may use.
+        gpus: those the server may use, counted among those this process may use; None: all of them.
     """
     environment = {
         name: value
@@ -158,7 +158,9 @@ def server_environment(gpus: Sequence[int] | None = None) -> dict[str, str]:
         # With "uni" of `server_command`: one process less to start, whose only use is to bind threads to cores.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if gpus is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(gpu) for gpu in range(max(gpus) + 1)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
     return environment
 
 
@@ -166,6 +168,20 @@ def free_port(host: str = "127.0.0.1") -> int:
     """A port nobody listens on at the moment."""
     with socket.create_server((host, 0)) as listener:
         return listener.getsockname()[1]
+
+
+def check_port(host: str, port: int) -> None:
+    """See that a server can listen there.
+
+    Raises:
+        EngineError: somebody else does, or this machine has no such address.
+    """
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise EngineError(
+            f"a vLLM server cannot listen on {host}:{port}: {error}. End what listens there, or choose another port"
+        ) from error
 
 
 class ServerProcess:
@@ -223,13 +239,7 @@ class ServerProcess:
             EngineError: its port is taken.
         """
         self.kill()
-        try:
-            socket.create_server(self._address).close()
-        except OSError as error:
-            host, port = self._address
-            raise EngineError(
-                f"a vLLM server cannot listen on {host}:{port}: {error}. End what listens there, or choose another port"
-            ) from error
+        check_port(*self._address)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._guard = subprocess.Popen(
             ["sh", "-c", "read -r _; kill -9 0"],

@@ -42,7 +42,7 @@ class SharedMemory:
         return self.where(0)
 
     def room(self, slot: int, size: int) -> Tensor:
-        """At least `size` bytes of memory of the slot, to be written; what was in it is lost.
+        """Memory of `size` bytes for the slot, to be written; what was in it is lost.
 
         A larger size than before replaces the memory, a smaller one keeps it.
         """
@@ -52,7 +52,7 @@ class SharedMemory:
             file = os.memfd_create(name)
             os.ftruncate(file, size)
             self._shared[slot] = file, name, _as_bytes(mmap.mmap(file, size))
-        return self._shared[slot][2]
+        return self._shared[slot][2][:size]
 
     def where(self, slot: int) -> dict[str, Any]:
         """Where readers find the memory of the slot."""

@@ -61,11 +61,11 @@ class WeightSocket:
         return {"host": host, "port": port, "secret": self._secret.hex()}
 
     def room(self, slot: int, size: int) -> Tensor:
-        """At least `size` bytes of memory of the slot, to be written; it is not offered any more."""
+        """Memory of `size` bytes for the slot, to be written; it is not offered any more."""
         self._offered.pop(self._keys.pop(slot, -1), None)
         if slot not in self._memory or self._memory[slot].numel() < size:
             self._memory[slot] = torch.empty(size, dtype=torch.uint8)
-        return self._memory[slot]
+        return self._memory[slot][:size]
 
     def where(self, slot: int) -> dict[str, Any]:
         """Offer the memory of the slot as it is now, under a new key."""
