@@ -1,6 +1,6 @@
-"""The console script `llmac`: look at a recipe, check it, serve its model, list the algorithms, bring a configuration over.
+"""The console script `llmac`: look at a recipe, check it, serve its model, list the algorithms, import a configuration.
 
-Training is started by `accelerate launch recipes/train.py`; nothing here loads a model: `serve` becomes vLLM, which does.
+Training is started by `accelerate launch recipes/train.py`; nothing here loads a model, `serve` has vLLM do it.
 """
 
 import argparse
