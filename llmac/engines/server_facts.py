@@ -146,11 +146,12 @@ def check_first_token(url: str, last_token: int) -> None:
         response = httpx.post(
             url + GENERATE, json=body, timeout=FIRST_ANSWER_SECONDS, verify=tls(), trust_env=False
         )
-        said = "" if response.status_code == 200 else message_of(response.json())
-    except (httpx.TransportError, ValueError) as error:
+        said = "" if response.status_code == 200 else message_of(decoded(response))
+    except httpx.TransportError as error:
         said = f"{type(error).__name__}: {error}"
     if said:
         raise EngineError(
             f"the server at {url} does not sample from the token {last_token}, the last of the model's vocabulary: "
-            f"{said}. Its log has the cause; a model that vLLM cannot compute needs rollout.engine=hf"
+            f"{said.rstrip('.')}. {START_IT.capitalize()}; its log has the cause. A model that vLLM cannot compute "
+            "needs rollout.engine=hf"
         )

@@ -104,9 +104,7 @@ class Fleet:
         """Those of them that are local start anew; returns at once."""
         for url in urls:
             if url in self._processes:
-                logger.warning("the server at %s is started anew", url)
-                self._processes[url].restart()
-                self.restarts += 1
+                self._start_anew(url)
 
     def bring_back(self, urls: Sequence[str], *, patient: bool) -> dict[str, str]:
         """Wait for lost servers, local ones until they have started; why not, for each that is not back.
@@ -122,6 +120,7 @@ class Fleet:
                 self._session.admit(url)
             except (EngineError, SessionError) as error:
                 problems[url] = str(error)
+                self.lose([url])  # once more, for the update after this one
         return problems
 
     def send(
@@ -135,6 +134,16 @@ class Fleet:
         for process in self._processes.values():
             process.close()
         self._session.close()
+
+    def _start_anew(self, url: str) -> None:
+        logger.warning("the server at %s is started anew", url)
+        self.restarts += 1
+        try:
+            self._processes[url].restart()
+        except (
+            EngineError
+        ) as error:  # found out by all ranks when it is not back at the next update
+            logger.warning("%s", error)
 
     def _wait(self, url: str, seconds: float) -> None:
         if url in self._processes:

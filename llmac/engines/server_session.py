@@ -16,11 +16,10 @@ import httpx
 from torch import Tensor
 
 from llmac.engines.server_protocol import decoded, message_of, tls
+from llmac.engines.weight_sender import ABORT
 
 CONNECT_SECONDS = 10.0
 INCOMPLETE = "incomplete"
-BREAK_OFF = {"abort": True}
-"""A bucket that no server can read: it answers with an error and ends the update that was open."""
 
 
 class Sender(Protocol):
@@ -65,7 +64,9 @@ class WeightSession:
         """
         self._sender = sender
         timeout = httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS)
-        self._client = httpx.Client(timeout=timeout, verify=tls(), trust_env=False)
+        # The server closes a connection after it answered with an error, and the next request would run into that.
+        anew = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(timeout=timeout, limits=anew, verify=tls(), trust_env=False)
 
     def admit(self, url: str) -> None:
         """Introduce the sender to a server that has just started, or that another run fed before.
@@ -117,7 +118,7 @@ class WeightSession:
         except SessionError:
             # An earlier update broke off there and is still open.
             with contextlib.suppress(SessionError):
-                self._update(url, BREAK_OFF)
+                self._update(url, ABORT)
             self._post(url, "/start_weight_update")
 
     def _update(self, url: str, bucket: Mapping[str, Any]) -> None:

@@ -127,7 +127,8 @@ class VLLMServerEngine:
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """`params.n` completions for each request, in the order of the requests. A collective; `requests` may be empty.
 
-        Greedy (temperature 0) tokens report their log-probability at temperature 1.
+        Greedy (temperature 0) tokens report their log-probability at temperature 1. Equal seeds repeat responses up to
+        rounding, which depends on what a server happens to compute together.
 
         Raises:
             EngineError: on any rank a request cannot be served, a response was sampled by other weights than those of
