@@ -71,7 +71,7 @@ def build(options: dict[str, Any], *, shared_name: str | None = None) -> "vllm.L
 
     Args:
         options: keyword arguments of `vllm.LLM`.
-        shared_name: on CPU, the beginning of the name of the memory a tensor parallel group shares: equal in the group,
+        shared_name: on CPU, a part of the name of the memory a tensor parallel group shares: equal in the group,
             different from that of any other job on this machine.
 
     Raises:
@@ -143,7 +143,7 @@ def process_state_restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _shared_memory_named(name: str | None) -> Iterator[None]:
-    """Let `name` be part of the names vLLM gives to shared memory on CPU.
+    """Let `name` end the names vLLM gives to shared memory on CPU, which may have slashes at their start only.
 
     With engines that an external launcher starts, vLLM's own names depend on the ranks alone: a second job on the
     machine, or one that was killed and left its memory behind, would make this one fail ("errno: 17").
@@ -159,7 +159,7 @@ def _shared_memory_named(name: str | None) -> Iterator[None]:
     if own is None:
         yield
         return
-    shared.make_group_name = staticmethod(lambda communicator: f"{name}-{own(communicator)}")
+    shared.make_group_name = staticmethod(lambda communicator: f"{own(communicator)}-{name}")
     try:
         yield
     finally:
