@@ -7,6 +7,7 @@ optimizer has written) and are read where they lie: nothing is gathered, freed o
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from llmac.errors import ConfigError
+from llmac.runtime.shared_memory import SharedMemory
 
-COPIES = 2
-"""Memory that `gather` takes, in sizes of what it puts together: as received, and joined."""
-ALIGNMENT = 16
+COPIES = 3
+"""Memory that gathering takes at most, in sizes of what it puts together: the pieces of `SharedMemory`, or, where
+tensors are sent, what has arrived and what it is joined to."""
+CPU_BUCKET_BYTES = 96 << 20
+"""Beyond what the processor's caches hold, a larger bucket costs more than the calls it saves."""
+ALIGNMENT = 64
 """Bytes; the start of every run, so that any dtype can be looked at in place."""
 
 
@@ -33,7 +38,7 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 
 
 def check_readable(tensors: Iterable[Tensor]) -> None:
-    """Whether `gather` can take them.
+    """Whether a `Gatherer` can take them.
 
     Raises:
         ConfigError: a part is on disk or quantized.
@@ -50,28 +55,55 @@ def check_readable(tensors: Iterable[Tensor]) -> None:
             )
 
 
-def gather(shards: Sequence[tuple[Tensor, torch.dtype]]) -> dict[int, Tensor]:
-    """Whole tensors by the `id` of the sharded one, each in the precision asked for.
+class Gatherer:
+    """Puts shards together, bucket by bucket.
 
-    One collective for each group of ranks among the shards, as a rule one. Every rank of the group must call with the
-    same tensors in the same order.
+    Processes of one machine without GPUs write their shards into memory they share, and keep it for the next stream:
+    sending them through sockets takes five to ten times as long, and pages of new memory longer than what is written to
+    them (docs/benchmarks.md). All others use one all-gather a bucket.
     """
-    whole: dict[int, Tensor] = {}
-    groups: dict[tuple[dist.ProcessGroup, torch.device], list[_Part]] = {}
-    for tensor, dtype in shards:
-        part = (
-            _zero3_part(tensor, dtype) if hasattr(tensor, "ds_id") else _fsdp2_part(tensor, dtype)
-        )
-        if part is None:
-            assert isinstance(tensor, DTensor)
-            # Cut into columns, or along several dimensions of ranks.
-            with torch.no_grad():
-                whole[id(tensor)] = tensor.full_tensor().to(dtype)
-        else:
-            groups.setdefault((part.group, part.device), []).append(part)
-    for (group, device), parts in groups.items():
-        whole.update(_exchange(parts, group, device))
-    return whole
+
+    _shared: ClassVar[dict[dist.ProcessGroup, SharedMemory | None]] = {}
+    """None: the group's ranks cannot share memory."""
+
+    def whole(self, shards: Sequence[tuple[Tensor, torch.dtype]]) -> dict[int, Tensor]:
+        """Whole tensors by the `id` of the sharded one, each in the precision asked for.
+
+        Every rank must call with the same tensors in the same order.
+        """
+        whole: dict[int, Tensor] = {}
+        groups: dict[tuple[dist.ProcessGroup, torch.device], list[_Part]] = {}
+        for tensor, dtype in shards:
+            part = (
+                _zero3_part(tensor, dtype)
+                if hasattr(tensor, "ds_id")
+                else _fsdp2_part(tensor, dtype)
+            )
+            if part is None:
+                assert isinstance(tensor, DTensor)
+                # Cut into columns, or along several dimensions of ranks.
+                with torch.no_grad():
+                    whole[id(tensor)] = tensor.full_tensor().to(dtype)
+            else:
+                groups.setdefault((part.group, part.device), []).append(part)
+        for (group, device), parts in groups.items():
+            whole.update(self._exchanged(parts, group, device))
+        return whole
+
+    def _exchanged(
+        self, parts: list["_Part"], group: dist.ProcessGroup, device: torch.device
+    ) -> dict[int, Tensor]:
+        if dist.get_world_size(group) == 1:
+            return {part.key: part.own.to(device, part.dtype).view(part.shape) for part in parts}
+        if device.type == "cpu":
+            if group not in self._shared:
+                self._shared[group] = SharedMemory(group, at_least=CPU_BUCKET_BYTES // COPIES)
+            shared = self._shared[group]
+            found = _written(parts, shared) if shared else None
+            if found is not None:
+                return found
+            self._shared[group] = None
+        return _sent(parts, group, device)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -89,6 +121,11 @@ class _Part:
     group: dist.ProcessGroup
     device: torch.device
     """Where the ranks of the group talk to each other; an offloaded part is elsewhere."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the group."""
+        return dist.get_rank(self.group)
 
     @property
     def size(self) -> int:
@@ -147,12 +184,25 @@ def _current_device(kind: str) -> torch.device:
     return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
-def _exchange(
-    parts: list[_Part], group: dist.ProcessGroup, device: torch.device
-) -> dict[int, Tensor]:
+def _written(parts: list[_Part], shared: SharedMemory) -> dict[int, Tensor] | None:
+    """By writing each rank's runs where all see them; None: they cannot."""
+    starts, size = _laid_out([part.size for part in parts])
+    memory = shared.bytes(size)
+    if memory is None:
+        return None
+    whole: dict[int, Tensor] = {}
+    for part, start in zip(parts, starts, strict=True):
+        flat = memory[start : start + part.size].view(part.dtype)
+        begin = sum(part.runs[: part.rank])
+        flat[begin : begin + part.runs[part.rank]].copy_(part.own)
+        whole[part.key] = flat.view(part.shape)
+    shared.meet()
+    return whole
+
+
+def _sent(parts: list[_Part], group: dist.ProcessGroup, device: torch.device) -> dict[int, Tensor]:
+    """By one all-gather."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if ranks == 1:
-        return {part.key: part.own.to(device, part.dtype).view(part.shape) for part in parts}
     starts, slot = _laid_out([max(part.runs) * part.dtype.itemsize for part in parts])
     wire = torch.empty(ranks, slot, dtype=torch.uint8, device=device)
     for part, start in zip(parts, starts, strict=True):

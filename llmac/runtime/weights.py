@@ -11,7 +11,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from llmac.errors import ConfigError
-from llmac.runtime.gathering import COPIES, check_readable, gather, is_sharded, whole_shape
+from llmac.runtime.gathering import (
+    COPIES,
+    CPU_BUCKET_BYTES,
+    Gatherer,
+    check_readable,
+    is_sharded,
+    whole_shape,
+)
 from llmac.runtime.merging import Entry, entries
 from llmac.runtime.naming import Conversion, conversions
 
@@ -74,6 +81,9 @@ def full_weights(
         _Unit(conversion, tuple(kept[name] for name in conversion.sources), dtype)
         for conversion in conversions(model, kept)
     ]
+    sharded = [tensor for unit in units for tensor, _ in unit.shards()]
+    if sharded and all(tensor.device.type == "cpu" for tensor in sharded):
+        bucket_bytes = min(bucket_bytes, CPU_BUCKET_BYTES)
     return _stream(units, model, bucket_bytes)
 
 
@@ -169,13 +179,16 @@ def _bytes(tensor: Tensor, dtype: torch.dtype) -> int:
 def _stream(
     units: list[_Unit], model: nn.Module, bucket_bytes: int
 ) -> Iterator[tuple[str, Tensor]]:
+    gatherer = Gatherer()
     for bucket in _buckets(units, bucket_bytes):
         # A generator of its own, so that all it holds is gone before the next bucket is gathered.
-        yield from _stream_bucket(bucket, model)
+        yield from _stream_bucket(bucket, model, gatherer)
 
 
-def _stream_bucket(bucket: list[_Unit], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    whole = gather([shard for unit in bucket for shard in unit.shards()])
+def _stream_bucket(
+    bucket: list[_Unit], model: nn.Module, gatherer: Gatherer
+) -> Iterator[tuple[str, Tensor]]:
+    whole = gatherer.whole([shard for unit in bucket for shard in unit.shards()])
     for unit in bucket:
         yield from unit.stream(model, whole)
 

@@ -14,7 +14,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._known: set[int] = set()
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._see((args, kwargs), ours=False)
@@ -23,8 +23,10 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, tensor: torch.Tensor) -> None:
-        """Also count a tensor over memory that no operation made (shared with another process)."""
-        self._see(tensor, ours=True)
+        """Also count a tensor over memory that no operation made: shared with another process."""
+        storage = tensor.untyped_storage()
+        self._follow(storage, ours=False)
+        self._add(storage._cdata, storage.nbytes() - self._sizes[storage._cdata])
 
     def _see(self, tree, *, ours: bool) -> None:
         for leaf in tree_leaves(tree):
@@ -33,15 +35,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage, ours: bool) -> None:
         key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes() if ours else 0
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            # torch keeps one Python object for a storage as long as the storage lives.
+            weakref.finalize(storage, self._forget, key)
+            self._add(key, storage.nbytes() if ours else 0)
+
+    def _add(self, key: int, size: int) -> None:
+        self._sizes[key] += size
         self.now += size
         self.peak = max(self.peak, self.now)
-        # torch keeps one Python object for a storage as long as the storage lives.
-        weakref.finalize(storage, self._forget, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)

@@ -34,11 +34,6 @@ def on_two_processes(part: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.deepspeed
-def test_every_rank_streams_what_all_have_learned():
-    assert len(on_two_processes("values")) == 11
-
-
-@pytest.mark.slow
-@pytest.mark.deepspeed
-def test_no_more_than_a_bucket_is_alive_above_the_shards():
-    assert len(on_two_processes("memory")) == 4
+@pytest.mark.parametrize(("transport", "cases"), [("shared", 15), ("sent", 4)])
+def test_every_rank_streams_what_was_learned_within_a_bucket(transport, cases):
+    assert len(on_two_processes(transport)) == cases
