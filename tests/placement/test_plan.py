@@ -305,6 +305,24 @@ def test_of_one_knob_the_mildest_setting_is_told(large_recipe):
     assert tokens == ["actor.max_tokens_per_microbatch=8192"]
 
 
+def test_vllm_gives_up_no_more_of_the_gpu_than_it_must(large_recipe):
+    def fits(fraction):
+        key = f"rollout.gpu_memory_utilization={fraction}"
+        return plan(large_recipe("ppo", "rollout.engine=vllm", key), on(gpus=1, gib=30.0)).fits
+
+    recipe = large_recipe("ppo", "rollout.engine=vllm", "rollout.gpu_memory_utilization=0.9")
+    [told] = [
+        change
+        for way in ways_out(recipe, on(gpus=1, gib=30.0))
+        for change in way.changes
+        if "utilization" in change
+    ]
+    fraction = float(told.partition("=")[2])
+    assert 0.1 < fraction < 0.85
+    assert fits(fraction)
+    assert not fits(round(fraction + 0.05, 2))
+
+
 def test_nothing_helps_where_the_context_alone_fills_the_gpu(large_recipe):
     recipe, machines = large_recipe("ppo"), on(gpus=1, gib=0.5)
     assert not plan(recipe, machines).fits
