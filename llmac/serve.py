@@ -5,10 +5,12 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import torch
 
 from llmac.config.schema import Recipe
+from llmac.engines.server_session import Sender
 from llmac.engines.vllm_launch import (
     ServerProcess,
     check_port,
@@ -16,6 +18,9 @@ from llmac.engines.vllm_launch import (
     server_command,
     server_environment,
 )
+from llmac.engines.vllm_nccl import NCCLWeightSender
+from llmac.engines.weight_sender import WeightSender, transport_for
+from llmac.engines.weight_socket import host_towards
 from llmac.errors import ConfigError
 from llmac.models.loading import context_length
 
@@ -83,10 +88,31 @@ def local_servers(recipe: Recipe, folder: Path, *, first_gpu: int) -> list[Serve
     return servers
 
 
+def sender_of(recipe: Recipe) -> Sender:
+    """What sends the run's weights to its servers, as `rollout.weight_transport` says.
+
+    Raises:
+        EngineError: no way leads from this machine to the first of `rollout.servers`.
+    """
+    rollout = recipe.rollout
+    bucket_bytes = rollout.sync_bucket_mb << 20
+    transport = rollout.weight_transport
+    if transport == "auto":
+        transport = transport_for(rollout.servers)
+    if transport == "shm":
+        return WeightSender("shm", bucket_bytes)
+    # Where the servers see this machine: as seen from the first of them.
+    address = urlsplit(rollout.servers[0]).hostname if rollout.servers else None
+    host = host_towards(address or "127.0.0.1")
+    if transport == "tcp":
+        return WeightSender("tcp", bucket_bytes, host=host)
+    return NCCLWeightSender(bucket_bytes, host=host, workers=rollout.tensor_parallel_size)
+
+
 def command_of(recipe: Recipe, *, host: str, port: int, more: Sequence[str] = ()) -> list[str]:
     """The command of one server of the recipe."""
     spec, rollout = recipe.model, recipe.rollout
-    nccl = rollout.weight_transport == "nccl"
+    backend = "nccl" if rollout.weight_transport == "nccl" else WeightSender.backend
     return server_command(
         spec.name,
         host=host,
@@ -101,6 +127,6 @@ def command_of(recipe: Recipe, *, host: str, port: int, more: Sequence[str] = ()
         enforce_eager=rollout.enforce_eager,
         trust_remote_code=spec.trust_remote_code,
         revision=spec.revision,
+        backend=backend,
         more=more,
-        **({"backend": "nccl"} if nccl else {}),
     )

@@ -169,12 +169,18 @@ class WeightSocketReader:
 def host_towards(address: str) -> str:
     """The address of this machine that a machine at `address` would see.
 
+    Raises:
+        EngineError: `address` is unknown or no way leads there.
+
     >>> host_towards("127.0.0.1")
     '127.0.0.1'
     """
-    with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # of datagrams, nothing is sent by connecting
-        return probe.getsockname()[0]
+    try:
+        with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # of datagrams, nothing is sent by connecting
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise EngineError(f"no way to {address}: {error}; correct rollout.servers") from error
 
 
 def _proof(secret: bytes, word: bytes, nonce: bytes, number: int) -> bytes:

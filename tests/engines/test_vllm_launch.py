@@ -21,8 +21,10 @@ from llmac.engines.vllm_launch import (
     server_command,
     server_environment,
 )
+from llmac.engines.weight_memory import SharedMemoryReader
+from llmac.engines.weight_socket import WeightSocketReader
 from llmac.errors import EngineError
-from llmac.serve import command_of, local_servers
+from llmac.serve import command_of, local_servers, sender_of
 
 HEALTHY = """
 import http.server, subprocess, sys
@@ -258,6 +260,32 @@ def test_precision_is_the_trainers_unless_the_recipe_says_otherwise():
 
     assert dtype("model.dtype=float32", "model.compute_dtype=null") == "float32"
     assert dtype("model.dtype=float32", "model.compute_dtype=bfloat16") == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "reader"),
+    [
+        ([], "shm", SharedMemoryReader),
+        (["rollout.servers=[http://localhost:1]"], "shm", SharedMemoryReader),
+        (["rollout.servers=[http://192.0.2.7:1]"], "tcp", None),
+        (["rollout.weight_transport=tcp"], "tcp", WeightSocketReader),
+    ],
+)
+def test_weights_go_through_memory_on_one_machine_and_through_a_socket_else(
+    overrides, kind, reader
+):
+    recipe = load_recipe("recipes/gsm8k_grpo.yaml", ["rollout.engine=vllm_server", *overrides])
+    try:
+        sender = sender_of(recipe)
+    except EngineError as error:  # a machine without any network
+        pytest.skip(str(error))
+    info = sender.init_info()
+    assert (sender.backend, info["transport"]) == ("llmac", kind)
+    if reader is None:
+        assert info["introduction"]["host"] != "127.0.0.1"
+    else:
+        reader(info["introduction"]).close()
+    sender.close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes as many GPUs as there are servers")
