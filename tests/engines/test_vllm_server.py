@@ -444,6 +444,22 @@ def test_a_hanging_server_is_lost_after_the_timeout(build, servers):
     assert numbers(engine) == {**NOTHING, "server_failures": 1, "retried_requests": 3}
 
 
+def test_somebody_elses_server_is_waited_for_when_there_is_no_other(build, servers, weights):
+    server = servers[0]
+    engine = build(servers=[server], seconds=10.0)
+    engine.load_weights(weights, version=1)
+    label = server.label
+
+    def network_is_back():
+        server.start()
+        server.label = label
+
+    server.kill()
+    threading.Timer(0.7, network_is_back).start()
+    check_answers(engine.generate(ask(5)), ask(5), version=1)
+    assert numbers(engine) == {**NOTHING, "retried_requests": 5}
+
+
 def test_without_any_server_the_error_names_all_of_them(build, servers):
     engine = build(servers=servers[:2], seconds=0.3)
     for server in servers[:2]:
