@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,8 @@ SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_END = 10.0
 """A server that is asked to end has so long; then it is killed."""
 LAST_LINES = 15
+ERROR = re.compile(r"\b(\w+\.)*\w*(Error|Exception): .*")
+"""A line of a log that says what was raised."""
 LAUNCHER_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -213,6 +216,7 @@ class ServerProcess:
         self._command = list(command)
         self._address = host, port
         self._environment = dict(server_environment() if environment is None else environment)
+        self._log_start = 0
         self._server: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -248,6 +252,7 @@ class ServerProcess:
             process_group=0,
         )
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             self._server = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -310,13 +315,25 @@ class ServerProcess:
     def _obituary(self) -> str:
         if self._server is None:
             return f"the vLLM server at {self.url} has not been started"
-        lines = self._last_lines()
-        knobs = f"; {MEMORY_KNOBS}" if is_about_memory(RuntimeError(lines)) else ""
+        code = self._server.poll()
+        # The engine's process ends first and the server's tells about it: the first error is the cause.
+        first = ERROR.search(self._printed())
+        cause = first[0] if first else ""
+        if code == -signal.SIGKILL:
+            cause = "killed from outside, as the kernel does when memory is used up"
+        knobs = f"; {MEMORY_KNOBS}" if is_about_memory(RuntimeError(cause)) else ""
         return (
-            f"the vLLM server at {self.url} ended with exit code {self._server.poll()}{knobs}. The end of {self.log}:\n"
-            f"{lines}"
+            f"the vLLM server at {self.url} ended with exit code {code}: {cause or 'it names no error'}{knobs}. "
+            f"The end of {self.log}:\n{self._last_lines()}"
         )
 
     def _last_lines(self) -> str:
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        return "\n".join(text.splitlines()[-LAST_LINES:])
+        return "\n".join(self._printed().splitlines()[-LAST_LINES:])
+
+    def _printed(self) -> str:
+        """What it has printed since its last start."""
+        if not self.log.exists():
+            return ""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode("utf-8", errors="replace")

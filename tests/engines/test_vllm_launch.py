@@ -159,8 +159,35 @@ def test_too_little_memory_names_the_knobs(process):
         server.wait_ready(60)
 
 
+def test_the_first_error_of_the_last_start_is_the_cause(process):
+    """vLLM's server dies of its engine's death, and what its engine died of is said many lines before."""
+    code = """
+import sys
+print("(EngineCore pid=7) ERROR 11-21 [core.py:1] ValueError: 4 GiB KV cache is needed")
+for _ in range(50):
+    print("leaked memory objects")
+sys.exit("RuntimeError: Engine core initialization failed. See root cause above")
+"""
+    server = process("print('KeyError: of the start before')")
+    server.start()
+    with pytest.raises(EngineError, match="KeyError: of the start before"):
+        server.wait_ready(60)
+    again = ServerProcess([sys.executable, "-c", code], port=free_port(), log=server.log)
+    again.start()
+    with pytest.raises(EngineError, match=r"code 1: ValueError: 4 GiB KV cache is needed; lower"):
+        again.wait_ready(60)
+    again.close()
+
+
+def test_a_server_that_the_kernel_kills_names_the_knobs(process):
+    server = process("import os; os.kill(os.getpid(), 9)")
+    server.start()
+    with pytest.raises(EngineError, match=r"exit code -9.* lower rollout\.max_model_len"):
+        server.wait_ready(60)
+
+
 def test_other_last_words_name_no_knobs(process):
-    server = process("raise ValueError('no such model')")
+    server = process("print('leaked shared_memory objects'); raise ValueError('no such model')")
     server.start()
     with pytest.raises(EngineError) as failure:
         server.wait_ready(60)
