@@ -309,9 +309,7 @@ class VLLMServerEngine:
             else:
                 for _ in checked:
                     pass
-        except (
-            Exception
-        ) as failure:  # whatever it is, the other ranks must be told before this one stops
+        except Exception as failure:  # of any kind: the other ranks have to be told
             if stream.broken:
                 raise  # gathering failed, on every rank or with the ranks out of step: nobody can be told
             error = _as_engine_error(failure, version)

@@ -410,10 +410,13 @@ def test_requests_of_a_killed_server_go_to_the_others(build, servers, weights):
 
 
 def test_a_dead_server_is_left_out_of_updates_until_it_is_back(build, servers, weights):
-    engine = build(servers=servers, seconds=0.3)
+    engine = build(servers=servers, seconds=6.0)
     servers[0].kill()
     check_answers(engine.generate(ask()), ask(), version=0)
+    begun = time.monotonic()
     engine.load_weights(weights, version=1)
+    # The others do the work meanwhile; only a look is taken.
+    assert time.monotonic() - begun < 4
     check_answers(engine.generate(ask()), ask(), version=1)
     assert numbers(engine)["server_failures"] == 1
 
@@ -693,6 +696,31 @@ def test_a_prefix_cache_that_was_not_emptied_is_a_failure(build, servers, weight
     assert numbers(engine)["server_failures"] == 1
 
 
+def test_an_update_without_any_server_is_an_error_before_the_stream_is_read(
+    build, servers, weights
+):
+    engine = build(servers=servers[:1], seconds=0.3)
+    servers[0].kill()
+    with pytest.raises(EngineError, match="no vLLM server is left"):
+        engine.generate(ask(1))
+    stream = iter(weights)
+    with pytest.raises(EngineError, match=f"no vLLM server is left.*{servers[0].url}"):
+        engine.load_weights(stream, version=1)
+    assert len(list(stream)) == len(weights)
+
+
+def test_an_error_of_the_stream_itself_comes_out_as_it_is(build, servers, weights):
+    def stream():
+        yield weights[0]
+        raise ZeroDivisionError("gathering failed")
+
+    engine = build(servers=servers)
+    with pytest.raises(ZeroDivisionError, match="gathering failed"):
+        engine.load_weights(stream(), version=1)
+    with pytest.raises(EngineError, match="incomplete weights"):
+        engine.generate(ask())
+
+
 def test_when_an_update_fails_on_all_servers_it_is_an_error_naming_them(build, servers, weights):
     engine = build(servers=servers)
     for server in servers:
@@ -743,6 +771,17 @@ def test_every_rank_gets_its_own_answers_and_the_servers_share_the_work(build, s
     # One more each: the first token at the start.
     assert [len(server.prompts) for server in servers] == [11, 11, 11]
     assert all(server.calls.count("/start_weight_update") == 1 for server in servers)
+
+
+def test_ranks_share_the_room_of_a_server(build, servers):
+    servers[0].seconds = 0.05
+
+    def work(ranks):
+        engine = build(ranks, servers=servers[:1], max_num_seqs=4)
+        check_answers(engine.generate(ask(12, n=1)), ask(12, n=1), version=0)
+
+    assert Threads(2).run(work) == [None, None]
+    assert servers[0].most_at_once == 8
 
 
 def test_ranks_with_one_request_each_do_not_all_ask_the_same_server(build, servers):
