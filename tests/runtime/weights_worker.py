@@ -180,6 +180,9 @@ def streams_what_was_learned(model: nn.Module, whole: nn.Module) -> None:
             assert torch.equal(got[name], want[name]), (
                 f"{name}, bucket {bucket_bytes}: {(got[name] - want[name]).abs().max()}"
             )
+    held = dict(full_weights(model, bucket_bytes=4 * KILOBYTE))  # beyond their buckets
+    assert all(torch.equal(held[name], want[name]) for name in want)
+    del held
     low = copied(full_weights(model, dtype=torch.bfloat16))
     assert all(torch.equal(low[name], want[name].bfloat16()) for name in want)
 
