@@ -91,6 +91,14 @@ def test_buckets_keep_their_size_unless_one_tensor_is_larger(pair):
     assert names == [["0", "1"], ["2", "3"], ["4"], ["large"]]
 
 
+def test_a_bucket_that_outgrows_its_memory_is_read_from_the_new_one(pair):
+    sender, reader = pair
+    for count in (100, 900, 100, 2000):
+        sent = [("a", torch.full((count,), float(count)))]
+        (bucket,) = sender.buckets(sent)
+        same(read(reader, bucket), sent)
+
+
 def test_the_stream_is_asked_for_a_tensor_only_when_the_one_before_was_copied(pair):
     sender, reader = pair
 
