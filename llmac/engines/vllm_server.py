@@ -12,6 +12,7 @@ What a dead server costs (`server_pool.py` says when it counts as dead):
 """
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -75,6 +76,7 @@ class VLLMServerEngine:
             ConfigError: a URL that is none.
             EngineError: a server is not there, or not of the right kind; on every rank, naming it.
         """
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every request
         config = AutoConfig.from_pretrained(
             model, revision=revision, trust_remote_code=trust_remote_code
         )

@@ -237,6 +237,12 @@ def test_it_samples_inside_a_running_event_loop(build, servers):
     check_answers(asyncio.run(notebook()), ask(), version=0)
 
 
+def test_not_every_request_is_logged(build, servers, caplog):
+    with caplog.at_level("INFO"):
+        build(servers=servers).generate(ask())
+    assert caplog.text == ""
+
+
 # ---- versions
 
 
@@ -388,7 +394,7 @@ def kill_in_the_middle(server, at=3):
 
 
 def test_requests_of_a_killed_server_go_to_the_others(build, servers, weights):
-    engine = build(servers=servers, seconds=0.5)
+    engine = build(servers=servers)
     engine.load_weights(weights, version=1)
     kill_in_the_middle(servers[1])
     requests = ask(30)
@@ -422,7 +428,7 @@ def test_a_dead_server_is_left_out_of_updates_until_it_is_back(build, servers, w
 
 
 def test_a_server_that_comes_back_with_other_weights_is_not_asked(build, servers, weights):
-    engine = build(servers=servers, seconds=1.0)
+    engine = build(servers=servers)
     engine.load_weights(weights, version=1)
 
     def restarted(path, body):
@@ -438,12 +444,12 @@ def test_a_server_that_comes_back_with_other_weights_is_not_asked(build, servers
 
 
 def test_a_hanging_server_is_lost_after_the_timeout(build, servers):
-    engine = build(servers=servers, seconds=0.5)
+    engine = build(servers=servers, seconds=1.5)
     servers[0].hang()
     requests = ask(9)
     begun = time.monotonic()
     check_answers(engine.generate(requests), requests, version=0)
-    assert 0.5 <= time.monotonic() - begun < 3
+    assert 1.5 <= time.monotonic() - begun < 4.5
     assert numbers(engine) == {**NOTHING, "server_failures": 1, "retried_requests": 3}
 
 
@@ -528,7 +534,7 @@ def test_when_the_only_server_dies_it_is_started_anew_and_fed_from_resend(
 
 
 def test_a_hanging_local_server_is_started_anew(build, processes, weights):
-    engine = build(processes=processes[:1], seconds=0.5)
+    engine = build(processes=processes[:1], seconds=1.5)
     engine.load_weights(weights, version=1)
     engine.resend = lambda: iter(weights)
     processes[0].server.hang()
