@@ -9,6 +9,7 @@ from pathlib import Path
 import against_trl
 import memory
 import rollout
+import sync
 import training
 from jobs import JobError, quickstart_start
 from report import Report, as_json, as_text
@@ -21,15 +22,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark", description="Measure llmac on this machine."
     )
-    parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"])
+    parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "sync", "all"])
     parser.add_argument("--json", type=Path, help="also write every number there")
     parser.add_argument("--threads", type=int, default=1, help="of every process (default 1)")
     parser.add_argument(
         "--start", type=Path, help="made by recipes/quickstart.py; default: runs/benchmark/start"
     )
     parser.add_argument("--relative-to", type=Path, default=Path.cwd(), help=argparse.SUPPRESS)
+    sync.add_options(parser)
     arguments = parser.parse_args()
-    chosen = list(PARTS) if arguments.part == "all" else [arguments.part]
+    chosen = [*PARTS, "sync"] if arguments.part == "all" else [arguments.part]
 
     sys.stdout.write(f"{describe(arguments.threads)}\n")
     reports: list[Report] = []
@@ -37,8 +39,11 @@ def main() -> int:
     for name in chosen:
         begun = time.monotonic()
         try:
-            start = arguments.relative_to / arguments.start if arguments.start else None
-            found = PARTS[name].measure(start or quickstart_start(), arguments.threads)
+            if name == "sync":
+                found = sync.measure(sync.choice(arguments), arguments.threads)
+            else:
+                start = arguments.relative_to / arguments.start if arguments.start else None
+                found = PARTS[name].measure(start or quickstart_start(), arguments.threads)
         except JobError as error:
             sys.stderr.write(f"scripts/benchmark {name}: {error}\n")
             failed = True
