@@ -24,7 +24,7 @@ from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner
 from llmac.runtime.perturbation import perturbed
-from llmac.runtime.weights import full_weights
+from llmac.runtime.weights import BUCKET_BYTES, full_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class Actor:
         minibatches: int,
         max_tokens_per_microbatch: int,
         ratio_tolerance: float,
+        sync_bucket_bytes: int = BUCKET_BYTES,
+        engine_dtype: torch.dtype | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -64,6 +66,8 @@ class Actor:
             minibatches: optimizer steps per pass.
             max_tokens_per_microbatch: bound on rows x longest row, prompt and padding included.
             ratio_tolerance: how far the first importance ratio of a step may be from 1 (on-policy check).
+            sync_bucket_bytes: memory that `weights` may take above the shards.
+            engine_dtype: `weights` come in it; None: in the policy's.
         """
         self._policy = policy
         self._learner = learner
@@ -74,6 +78,8 @@ class Actor:
         self._minibatches = minibatches
         self._max_tokens = max_tokens_per_microbatch
         self._ratio_tolerance = ratio_tolerance
+        self._sync_bucket_bytes = sync_bucket_bytes
+        self._engine_dtype = engine_dtype
 
     @property
     def model(self) -> LanguageModel:
@@ -116,8 +122,10 @@ class Actor:
         return metrics
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights in checkpoint naming, adapters merged: what an engine loads."""
-        return full_weights(self.model)
+        """The policy's weights in checkpoint naming, adapters merged: what an engine loads. Collective, to its end."""
+        return full_weights(
+            self.model, bucket_bytes=self._sync_bucket_bytes, dtype=self._engine_dtype
+        )
 
     def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
         """Log π of one response's tokens at temperature 1, for checking an engine against the policy."""

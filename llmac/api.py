@@ -11,6 +11,7 @@ from llmac.config import Recipe, load_recipe, verify
 from llmac.export import save_final
 from llmac.loop import train as run_loop
 from llmac.runtime.context import Runtime
+from llmac.runtime.liveness import Liveness
 
 RewardArgument = str | Callable[..., Any]
 
@@ -90,13 +91,23 @@ def run(recipe: Recipe, *, rows: Any = None, held_out_rows: Any = None) -> Resul
     verify(recipe)
     with contextlib.ExitStack() as cleanup:
         runtime = Runtime.create(seed=recipe.run.seed, output=Path(recipe.run.output))
+        liveness = Liveness.start(runtime)
+        cleanup.callback(liveness.close)  # after the runtime, which waits for the other ranks
         cleanup.callback(runtime.close)
-        parts = build(recipe, runtime, rows=rows, held_out_rows=held_out_rows)
-        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engine.close):
-            cleanup.callback(close)
-        run_loop(recipe.run, parts)
-        model = save_final(parts, recipe)
-        return Result(output=parts.output, model=model, metrics=parts.log.latest)
+        with liveness.reporting():
+            parts = build(recipe, runtime, rows=rows, held_out_rows=held_out_rows)
+            parts.phases.announce = liveness.doing
+            parts.phases.last_words = liveness.farewell
+            for close in (
+                parts.phases.close,
+                parts.score.close,
+                parts.log.close,
+                parts.engine.close,
+            ):
+                cleanup.callback(close)
+            run_loop(recipe.run, parts)
+            model = save_final(parts, recipe)
+            return Result(output=parts.output, model=model, metrics=parts.log.latest)
 
 
 def _rows(dataset: Any) -> tuple[Any, str]:

@@ -16,7 +16,7 @@ from llmac.completions import CompletionLog
 from llmac.config import Recipe, dump, fingerprint, plain
 from llmac.config.schema import DataConfig, RewardFunctionConfig
 from llmac.console import Console, show_log_records
-from llmac.core.protocols import Critic, RolloutEngine, SamplingParams
+from llmac.core.protocols import Critic, Resendable, RolloutEngine, SamplingParams
 from llmac.core.types import Prompt
 from llmac.critics.bench import CriticBench
 from llmac.data.prompts import PromptStream, load_prompts
@@ -32,6 +32,7 @@ from llmac.models.loading import (
     load_causal_lm,
     load_tokenizer,
     pad_token_id,
+    torch_dtype,
     train_in_full_mode,
 )
 from llmac.models.policy import TokenPolicy
@@ -85,9 +86,13 @@ def build(
     runtime.start_trackers(recipe.run.trackers, recipe.run.project, plain(recipe))
 
     algorithm: Algorithm = recipe.algorithm.settings
-    engine = _engine(recipe, tokenizer, runtime)
+    engine = _engine(
+        recipe, tokenizer, runtime, longest=_longest(recipe, runtime, prompts, held_out)
+    )
     compute_dtype = torch.bfloat16 if recipe.model.compute_dtype else None
     actor, policy = _actor(recipe, algorithm, runtime, pad_id, engine.sleep, compute_dtype)
+    if isinstance(engine, Resendable):
+        engine.resend = actor.weights
     bench = CriticBench(
         runtime=runtime,
         model=recipe.model,
@@ -275,7 +280,7 @@ def _actor(
             model, temperature=recipe.rollout.temperature, chunk_mb=spec.logprob_chunk_mb
         )
 
-    with runtime.loading():
+    with runtime.loading(torch_dtype(spec)):
         base = load_causal_lm(spec)
     model = base if spec.lora is None else add_lora(base, spec.lora)
     train_in_full_mode(model, gradient_checkpointing=spec.gradient_checkpointing)
@@ -284,9 +289,9 @@ def _actor(
     if algorithm.uses_reference and isinstance(model, PeftModel) and spec.reference is None:
         reference = Reference(None, model.disable_adapter)
     elif algorithm.uses_reference:
-        with runtime.loading():
+        with runtime.loading(torch_dtype(spec)):
             frozen = load_causal_lm(spec, spec.reference)
-        reference = Reference(runtime.freeze(as_policy(frozen)))
+        reference = Reference(runtime.freeze(as_policy(frozen), compute_dtype=compute_dtype))
     learning_steps = recipe.run.steps - recipe.run.critic_warmup_steps
     if learning_steps <= 0:
         logger.warning(
@@ -313,6 +318,8 @@ def _actor(
         minibatches=settings.minibatches,
         max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
         ratio_tolerance=recipe.run.ratio_tolerance,
+        sync_bucket_bytes=recipe.rollout.sync_bucket_mb << 20,
+        engine_dtype=_engine_dtype(recipe),
     )
     return actor, policy
 
@@ -323,28 +330,70 @@ def _probe_tolerance(recipe: Recipe) -> float:
     return LOW_PRECISION_TOLERANCE if dtypes & {"bfloat16", "float16"} else TOLERANCE
 
 
-def _engine(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> RolloutEngine:
+def _longest(
+    recipe: Recipe, runtime: Runtime, prompts: list[Prompt], held_out: HeldOut | None
+) -> int:
+    """Tokens of the longest prompt and response this run can ask an engine for."""
+    longest = max(len(p.token_ids) for p in prompts) + recipe.rollout.max_new_tokens
+    if held_out is not None:
+        asked = [len(p.token_ids) + held_out.sampling.max_new_tokens for p in held_out.prompts]
+        longest = max(longest, *asked, 0)
+    return int(runtime.max(max(longest, PROBE_TOKENS + 1)))
+
+
+def _engine_dtype(recipe: Recipe) -> torch.dtype:
+    """What the engine computes in: the trainer's precision, unless the recipe wants vLLM in another."""
+    spec, rollout = recipe.model, recipe.rollout
+    trainer = spec.compute_dtype or spec.dtype
+    name = trainer if rollout.engine == "hf" or rollout.dtype == "auto" else rollout.dtype
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _engine(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, runtime: Runtime, *, longest: int
+) -> RolloutEngine:
     spec, rollout = recipe.model, recipe.rollout
     if rollout.engine == "hf":
         from llmac.engines.hf_engine import HFEngine
 
         # In the precision the trainer computes in: the sampler should be the policy, not a better-rounded one.
-        model = load_causal_lm(spec, dtype=torch.bfloat16 if spec.compute_dtype else None)
+        model = load_causal_lm(spec, dtype=_engine_dtype(recipe))
         torch.nn.Module.to(model, runtime.device)
         return HFEngine(model, tokenizer, max_batch_rows=rollout.max_num_seqs)
+    shared: dict[str, Any] = {  # keyword arguments of both, whose types vary
+        "max_num_seqs": rollout.max_num_seqs,
+        "trust_remote_code": spec.trust_remote_code,
+        "revision": spec.revision,
+    }
+    if rollout.engine == "vllm_server":
+        from llmac.engines.vllm_server import VLLMServerEngine
+        from llmac.serve import local_servers, sender_of
 
+        trainers = runtime.local_world_size
+        return VLLMServerEngine(
+            spec.name,
+            tokenizer,
+            runtime,
+            sender=lambda: sender_of(recipe),
+            servers=rollout.servers,
+            launch=lambda: local_servers(
+                recipe, Path(recipe.run.output), first_gpu=trainers, longest=longest
+            ),
+            request_timeout_seconds=rollout.request_timeout_seconds,
+            **shared,
+        )
     from llmac.engines.vllm_engine import VLLMEngine
 
     return VLLMEngine(
         spec.name,
         tokenizer,
-        dtype=(spec.compute_dtype or spec.dtype) if rollout.dtype == "auto" else rollout.dtype,
-        max_model_len=rollout.max_model_len,
+        dtype=str(_engine_dtype(recipe)).removeprefix("torch."),
+        # Room for what can come, not for the whole context of the architecture.
+        max_model_len=rollout.max_model_len or longest,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_mb=rollout.kv_cache_mb,
         enforce_eager=rollout.enforce_eager,
-        max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel_size,
-        trust_remote_code=spec.trust_remote_code,
-        revision=spec.revision,
+        sleep_level=rollout.sleep_level,
+        **shared,
     )

@@ -15,7 +15,7 @@ from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
 from llmac.core.collate import collate
 from llmac.core.measures import Max, Mean, Metrics, Sum
-from llmac.core.protocols import Critic, RolloutEngine, RolloutPlan, SamplingParams
+from llmac.core.protocols import Critic, Metered, RolloutEngine, RolloutPlan, SamplingParams
 from llmac.core.types import Prompt, Rollouts, Trajectory
 from llmac.data.prompts import PromptStream
 from llmac.engines.probe import (
@@ -152,6 +152,8 @@ def train(run: Run, parts: Parts) -> None:
             synchronize(parts, version=step, probe=first_update or step % parts.probe_every == 0)
 
         log.add(counts, credit.metrics, parts.score.metrics(), describe(rollouts))
+        if isinstance(engine, Metered):
+            log.add(engine.metrics())
         parts.completions.log(step, rollouts, credit)
         if parts.held_out and (step % parts.held_out.every == 0 or step == run.steps):
             look_at_held_out(parts)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from llmac.config.effects import given
 from llmac.config.schema import Recipe
 from llmac.engines.server_session import Sender
 from llmac.engines.vllm_launch import (
@@ -53,13 +54,16 @@ def serve(recipe: Recipe, *, host: str, port: int, more: Sequence[str] = ()) -> 
     os.execve(command[0], command, server_environment())
 
 
-def local_servers(recipe: Recipe, folder: Path, *, first_gpu: int) -> list[ServerProcess]:
+def local_servers(
+    recipe: Recipe, folder: Path, *, first_gpu: int, longest: int | None = None
+) -> list[ServerProcess]:
     """The `rollout.server_count` servers a run starts on its own machine, not started yet.
 
     Args:
         recipe: of the run.
         folder: for their logs.
         first_gpu: the first that no training process of this machine uses; without GPUs it does not matter.
+        longest: tokens of the longest prompt and response of the run, the servers' context unless the recipe has one.
 
     Raises:
         ConfigError: there are not enough GPUs.
@@ -79,7 +83,7 @@ def local_servers(recipe: Recipe, folder: Path, *, first_gpu: int) -> list[Serve
         first = first_gpu + place * wide
         servers.append(
             ServerProcess(
-                command_of(recipe, host="127.0.0.1", port=port),
+                command_of(recipe, host="127.0.0.1", port=port, longest=longest),
                 port=port,
                 log=folder / f"vllm_server_{place}.log",
                 environment=server_environment(range(first, first + wide) if gpus else None),
@@ -109,7 +113,15 @@ def sender_of(recipe: Recipe) -> Sender:
     return NCCLWeightSender(bucket_bytes, host=host, workers=rollout.tensor_parallel_size)
 
 
-def command_of(recipe: Recipe, *, host: str, port: int, more: Sequence[str] = ()) -> list[str]:
+def gpu_share(recipe: Recipe) -> float:
+    """Fraction of its GPU that a server takes: the recipe's, else nearly all, as nobody trains there."""
+    wanted = given(recipe, "rollout.gpu_memory_utilization")
+    return recipe.rollout.gpu_memory_utilization if wanted else 0.9
+
+
+def command_of(
+    recipe: Recipe, *, host: str, port: int, longest: int | None = None, more: Sequence[str] = ()
+) -> list[str]:
     """The command of one server of the recipe."""
     spec, rollout = recipe.model, recipe.rollout
     backend = "nccl" if rollout.weight_transport == "nccl" else WeightSender.backend
@@ -119,10 +131,10 @@ def command_of(recipe: Recipe, *, host: str, port: int, more: Sequence[str] = ()
         port=port,
         tokenizer=spec.tokenizer,
         dtype=(spec.compute_dtype or spec.dtype) if rollout.dtype == "auto" else rollout.dtype,
-        max_model_len=rollout.max_model_len,
+        max_model_len=rollout.max_model_len or longest,
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor_parallel_size,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        gpu_memory_utilization=gpu_share(recipe),
         kv_cache_mb=rollout.kv_cache_mb,
         enforce_eager=rollout.enforce_eager,
         trust_remote_code=spec.trust_remote_code,

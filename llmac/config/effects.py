@@ -59,7 +59,7 @@ IDLE = (
     ),
     Idle(
         ("model.compute_dtype",),
-        lambda recipe: recipe.model.dtype == "bfloat16",
+        lambda recipe: recipe.model.dtype == "bfloat16" and recipe.model.compute_dtype is not None,
         "with model.dtype: bfloat16 everything is computed in bfloat16 already; remove one of the two",
     ),
     Idle(

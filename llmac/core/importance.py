@@ -1,8 +1,9 @@
 """Correction for the gap between the engine that sampled and the policy that is trained.
 
 Kernels, precision and staleness make the engine's μ differ from the trainer's π_old for the same
-weights; the ratio π_old/μ on the policy term removes the bias, and a bound on it keeps the variance
-finite.
+weights. On the policy term, the ratio π_old/μ of a whole response removes the bias; token by token it
+corrects each choice, but not which states μ leads to. A bound keeps the variance finite and gives
+some bias back.
 """
 
 from typing import Literal

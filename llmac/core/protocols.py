@@ -1,6 +1,6 @@
 """The doors between rooms: what an engine, a plan, a prompt source and a critic must be able to do."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -90,6 +90,23 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release everything. Safe to call twice."""
         ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """Has counts of its own to report: an engine over servers that may be lost."""
+
+    def metrics(self) -> Metrics:
+        """What happened since the last call."""
+        ...
+
+
+@runtime_checkable
+class Resendable(Protocol):
+    """An engine that may lose its weights between two updates, and then asks for them again."""
+
+    resend: Callable[[], Iterable[tuple[str, Tensor]]] | None
+    """A new stream of the weights of the last update; called on all ranks together."""
 
 
 @runtime_checkable

@@ -85,7 +85,7 @@ class ValueHeadConfig(Optimization):
                 "critic.detach_trunk: false with critic.trunk: shared works in one process only, because two "
                 "gradient synchronizations would own the same weights; set detach_trunk: true or trunk: own"
             )
-        with bench.runtime.loading():
+        with bench.runtime.loading(torch_dtype(bench.model)):
             model, fresh_head = self._model(bench)
         if self.trunk == "own":
             train_in_full_mode(

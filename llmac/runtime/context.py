@@ -64,6 +64,7 @@ class Runtime:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.local_rank: int = max(accelerator.local_process_index, 0)
+        self.local_world_size: int = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # accelerate numbers CPU devices by rank; its "cpu:0" compares unequal to a tensor's "cpu".
         device = accelerator.device
         self.device: torch.device = torch.device("cpu") if device.type == "cpu" else device
@@ -191,7 +192,14 @@ class Runtime:
         torch.manual_seed(own)
         return own
 
-    def train(self, module: nn.Module, optimizer_of: OptimizerOf, *, max_norm: float) -> Trained:
+    def train(
+        self,
+        module: nn.Module,
+        optimizer_of: OptimizerOf,
+        *,
+        max_norm: float,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Trained:
         """Move a module to the device, spread it over the ranks as the launcher asked, add its optimizer.
 
         Rank 0's weights win. Every trainable parameter must take part in every forward pass that
@@ -201,7 +209,9 @@ class Runtime:
             module: what learns; built alike on every rank.
             optimizer_of: called once, with the module in the form in which it learns.
             max_norm: gradients are clipped to this norm, `math.inf` for never.
+            compute_dtype: forward passes run in it where that is safe; None: in the weights' own.
         """
+        self._compute_in(module, compute_dtype)
         if isinstance(self._sharding, Zero):
             return self._sharding.train(module, optimizer_of, max_norm=max_norm)
         if isinstance(self._sharding, FullShard):
@@ -213,8 +223,9 @@ class Runtime:
             prepared.broadcast_buffers = False
         return Replicated(prepared, optimizer, is_main=self.is_main)
 
-    def freeze(self, module: nn.Module) -> nn.Module:
+    def freeze(self, module: nn.Module, *, compute_dtype: torch.dtype | None = None) -> nn.Module:
         """Move a module that only looks to the device, in shards where weights are sharded; returns what to call."""
+        self._compute_in(module, compute_dtype)
         module.requires_grad_(False).eval()
         if isinstance(self._sharding, Zero) and self._sharding.stage == 3:
             return self._sharding.freeze(module)
@@ -222,13 +233,11 @@ class Runtime:
             return self._sharding.freeze(module.to(self.device))
         return module.to(self.device)
 
-    def loading(self) -> contextlib.AbstractContextManager[None]:
-        """Around `from_pretrained` of a module for `train` or `freeze`: shards from the start, where asked for."""
-        return (
-            self._sharding.loading()
-            if isinstance(self._sharding, Zero)
-            else contextlib.nullcontext()
-        )
+    def loading(self, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+        """Around `from_pretrained(dtype=dtype)` of what is to be spread: shards from the start, if asked for."""
+        if isinstance(self._sharding, Zero):
+            return self._sharding.loading(dtype)
+        return contextlib.nullcontext()
 
     @property
     def in_lockstep(self) -> bool:
@@ -241,11 +250,18 @@ class Runtime:
         """Passes this rank has to make when it needs `own`: the most of all ranks, where they are in lockstep."""
         return int(self.max(own)) if self.in_lockstep else own
 
-    def autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-        """Compute in `dtype` where that is safe; None or float32: in the weights' own precision."""
+    def _compute_in(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        """Run the module's forward under autocast to `dtype`; None or float32: in the weights' own precision.
+
+        Inside the module and not around it: DeepSpeed switches autocast off where it is entered outside of its engine.
+        """
         if dtype is None or dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype)
+            return
+        # The cache would keep a copy of every weight in `dtype` until the end of the pass, undoing the sharding.
+        autocast = torch.autocast(
+            self.device.type, dtype=dtype, cache_enabled=self._sharding is None
+        )
+        module.forward = autocast(module.forward)
 
     def start_trackers(self, names: Sequence[str], project: str, config: Mapping[str, Any]) -> None:
         """Start accelerate's trackers (tensorboard, wandb, trackio, ...) and show them the recipe.

@@ -100,18 +100,20 @@ class Learner:
         self._name = name
         self._optimization = optimization
         self._total_steps = total_steps
-        self._compute_dtype = compute_dtype
         self._before_learning = before_learning
         self.steps = 0
         self.trained = runtime.train(
-            module, self._optimizer_of, max_norm=optimization.max_grad_norm
+            module,
+            self._optimizer_of,
+            max_norm=optimization.max_grad_norm,
+            compute_dtype=compute_dtype,
         )
 
     @torch.no_grad()
     def look(
         self, forward: Callable[[nn.Module, Rows], Seen], micro_batches: Sequence[Rows]
     ) -> list[Seen]:
-        """Run `forward` on the module for each micro-batch, without gradients, in the precision of training.
+        """Run `forward` on the module for each micro-batch, without gradients.
 
         Every rank calls this with at least one micro-batch; where passes are collective, a rank that has fewer repeats
         its first one for the others' sake.
@@ -119,10 +121,9 @@ class Learner:
         self._before_learning()
         # First of all: a forward pass may contain collectives of its own.
         extra = self._runtime.passes(len(micro_batches)) - len(micro_batches)
-        with self._runtime.autocast(self._compute_dtype):
-            seen = [forward(self.trained.looking, rows) for rows in micro_batches]
-            for _ in range(extra):
-                forward(self.trained.looking, micro_batches[0])
+        seen = [forward(self.trained.looking, rows) for rows in micro_batches]
+        for _ in range(extra):
+            forward(self.trained.looking, micro_batches[0])
         return seen
 
     def update(
@@ -156,8 +157,7 @@ class Learner:
             extra = index >= len(micro_batches)  # for the sake of ranks that have more
             rows = micro_batches[0 if extra else index]
             with self.trained.accumulate(sync=index == passes - 1):
-                with self._runtime.autocast(self._compute_dtype):
-                    loss = loss_of(self.trained.learning, rows)
+                loss = loss_of(self.trained.learning, rows)
                 self.trained.backward(loss.total * (0.0 if extra else scale))
             if not extra:
                 seen += float(loss.weight)

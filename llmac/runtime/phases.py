@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from llmac.core.measures import Max, Measure
 from llmac.errors import StalledError
@@ -59,6 +59,10 @@ class Phases:
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
+        self.announce: Callable[[str], None] = lambda phase: None
+        """Told the innermost phase whenever it changes, "" for none; an error keeps the phase it came from."""
+        self.last_words: Callable[[str], None] = lambda reason: None
+        """Told why, before the watchdog ends the process."""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -67,12 +71,14 @@ class Phases:
         self._open.append(name)
         self._sign()
         self._start_watching()
+        self.announce(name)
         try:
             yield
         finally:
             self._open.pop()
             self._sign()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start
+        self.announce(self._open[-1] if self._open else "")
 
     def alive(self) -> None:
         """A sign of life from inside a long phase: the watchdog's clock starts again."""
@@ -119,7 +125,11 @@ class Phases:
             "If the phase only takes long, raise the limit. The main thread stands here:\n" + stack
         )
         # In a thread of its own: the one that stalled may hold a lock of the logging system.
-        report = threading.Thread(target=logger.error, args=("%s", error), daemon=True)
+        report = threading.Thread(target=self._report, args=(error,), daemon=True)
         report.start()
         report.join(timeout=5.0)
         os._exit(EXIT_STALLED)
+
+    def _report(self, error: StalledError) -> None:
+        logger.error("%s", error)
+        self.last_words(str(error).partition("The main thread stands here")[0])

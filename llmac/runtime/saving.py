@@ -30,7 +30,10 @@ def save_whole(model: nn.Module, directory: Path, *, is_main: bool) -> None:
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(bare, PreTrainedModel)
     # The stream has the checkpoint's names already.
-    _empty_like(bare).save_pretrained(
+    dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
+    empty = _empty_like(bare)
+    nn.Module.to(empty, dtype=dtype)
+    empty.save_pretrained(
         directory, state_dict=weights, save_original_format=False, max_shard_size="5GB"
     )
 

@@ -50,7 +50,7 @@ class Zero:
             ConfigError: DeepSpeed is not installed, stage 0, or a key whose owner is the recipe.
         """
         try:
-            import deepspeed  # noqa: F401
+            import deepspeed
         except ImportError as error:
             raise ConfigError(
                 f"the accelerate configuration asks for DeepSpeed, which does not import ({error}); "
@@ -71,6 +71,7 @@ class Zero:
         if on_cpu:
             _compile_nothing()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.init_distributed()  # it finds the process group that is there
         return cls(plugin, world_size, on_cpu)
 
     @property
@@ -79,16 +80,19 @@ class Zero:
         return int(self.plugin.zero_stage)
 
     @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self, dtype: torch.dtype) -> Iterator[None]:
         """Inside, `from_pretrained` keeps only this rank's shard of each weight, if `zero3_init_flag` is set.
 
         Without the flag every rank loads the whole model into main memory, and it is cut when training begins.
+
+        Args:
+            dtype: of the weights; DeepSpeed does not listen to `from_pretrained` here.
         """
         if self.stage < 3 or not self.plugin.zero3_init_flag:
             yield
             return
         # transformers looks at the newest object of this kind that is alive.
-        announced = HfDeepSpeedConfig(self._config(torch.float32, hidden_size=1, max_norm=1.0))
+        announced = HfDeepSpeedConfig(self._config(dtype, hidden_size=1, max_norm=1.0))
         try:
             yield
         finally:
@@ -139,15 +143,9 @@ class Zero:
         }
         if self.on_cpu:
             config["zero_force_ds_cpu_optimizer"] = False
-        plugin.deepspeed_config_process(
-            must_match=False,
-            **{
-                "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
-                "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-                "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
-                "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,
-            },
-        )
+        for key, value in bucket_sizes(hidden_size).items():
+            if config["zero_optimization"].get(key, "auto") == "auto":
+                config["zero_optimization"][key] = value
         return config
 
     def _offloadable(self, optimizer: Optimizer) -> Optimizer:
@@ -158,6 +156,20 @@ class Zero:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(optimizer.param_groups, adamw_mode=True)
+
+
+def bucket_sizes(hidden_size: int) -> dict[str, int]:
+    """Elements that DeepSpeed's buffers hold and that stay whole, for a model of this width.
+
+    Those of transformers' integration, where DeepSpeed's own default would be buffers of 2 GB an engine; buckets of
+    less than a million elements only cost time.
+    """
+    square = max(hidden_size * hidden_size, 1_000_000)
+    return {
+        "reduce_bucket_size": square,
+        "stage3_prefetch_bucket_size": int(0.9 * square),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
 
 
 class ZeroSharded:

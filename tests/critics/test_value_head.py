@@ -152,6 +152,7 @@ def test_the_clip_is_sized_to_the_reward_range(runtime, width, expected):
 def bench(runtime, policy):
     class Model:
         gradient_checkpointing = False
+        dtype = "float32"
 
     @torch.no_grad()
     def states(rows):

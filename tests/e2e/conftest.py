@@ -1,13 +1,14 @@
 """A tiny model, its tokenizer, prompts and a reward, all on disk as a user has them."""
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -92,14 +93,16 @@ def write_recipe(tmp_path):
 class Run:
     """`recipes/train.py` in a process of its own."""
 
-    def __init__(self, recipe, *overrides, processes=1, environment=None):
+    def __init__(self, recipe, *overrides, processes=1, configuration="ddp", environment=None):
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "accelerate.commands.launch", "--config_file"]
             launcher += [
-                str(ROOT / "recipes/accelerate/ddp.yaml"),
+                str(ROOT / f"recipes/accelerate/{configuration}.yaml"),
                 "--num_processes",
                 str(processes),
+                "--main_process_port",
+                "0",
             ]
         environment = {
             **os.environ,
@@ -123,7 +126,7 @@ class Run:
         try:
             output, _ = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill()
             raise
         return self.process.returncode, output
 
@@ -134,8 +137,15 @@ class Run:
             assert self.process.poll() is None, self.process.stdout.read()
             assert time.monotonic() < deadline, "the moment to kill never came"
             time.sleep(0.002)
-        os.killpg(self.process.pid, signal.SIGKILL)
+        self.kill()
         self.process.communicate()
+
+    def kill(self):
+        """kill -9 the process and all below it; a launcher's workers are in sessions of their own."""
+        everything = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @pytest.fixture
@@ -150,7 +160,7 @@ def run():
     yield start
     for one in started:
         if one.process.poll() is None:
-            os.killpg(one.process.pid, signal.SIGKILL)
+            one.kill()
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ class Model:
     """What a critic reads of the recipe's model section."""
 
     lora: LoraConfig | None
+    dtype: str = "float32"
     gradient_checkpointing: bool = False
 
 

@@ -76,15 +76,18 @@ def test_a_launchers_mixed_precision_is_said_to_have_no_effect(monkeypatch, capl
     runtime.close()
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_no_autocast_computes_in_the_weights_own_precision(runtime, dtype):
-    with runtime.autocast(dtype):
-        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
-
-
-def test_autocast_computes_in_the_asked_precision(runtime):
-    with runtime.autocast(torch.bfloat16):
-        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [(None, torch.float32), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_a_module_computes_in_the_asked_precision_and_keeps_its_own(runtime, dtype, computed):
+    trained = runtime.train(nn.Linear(2, 2), sgd, max_norm=math.inf, compute_dtype=dtype)
+    frozen = runtime.freeze(nn.Linear(2, 2), compute_dtype=dtype)
+    for module in (trained.learning, trained.looking, frozen):
+        assert module(torch.ones(1, 2)).dtype == computed
+    assert trained.inner.weight.dtype == torch.float32
+    trained.backward(trained.learning(torch.ones(1, 2)).float().sum())
+    assert trained.inner.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
