@@ -95,8 +95,20 @@ class FakeServer:
             def handle_error(self, request, client_address):
                 pass
 
-        self._http = Quiet(("127.0.0.1", self._port), Handler)
+        self._http = self._listening(lambda: Quiet(("127.0.0.1", self._port), Handler))
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    @staticmethod
+    def _listening(listen, seconds=5.0):
+        """Between two starts somebody's outgoing connection may have the port for a moment."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return listen()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def kill(self):
         """Like kill -9: connections break, nobody listens."""
