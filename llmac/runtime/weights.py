@@ -44,7 +44,9 @@ def full_weights(
     frees its bucket on the rank that closes it, and nothing else.
 
     A tensor is valid for as long as it is held, and holding it keeps its bucket alive: copy what is
-    to outlive the next bucket. Whole weights in their own precision share memory with the model.
+    to outlive the next bucket. Never write to one: whole weights share memory with the model, and
+    gathered ones, on a CPU machine, with the other ranks. There, buckets are at most 96 MiB, and
+    their memory stays for the next stream.
 
     Args:
         model: a transformers model, plain, with a peft LoRA adapter, or wrapped in DDP or by
