@@ -76,8 +76,7 @@ def evaluate(
             )
             for p in prompts
         ]
-        # Not asked without prompts: an engine need not know what to do with nothing.
-        answers = engine.generate(requests) if requests else []
+        answers = engine.generate(requests)
         trajectories = score(
             [
                 Trajectory(

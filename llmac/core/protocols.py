@@ -72,7 +72,10 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """`params.n` completions for each request, in the order of the requests."""
+        """`params.n` completions for each request, in the order of the requests.
+
+        Every rank calls this in step with the others, also with nothing to ask: they may share an engine.
+        """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -21,7 +21,6 @@ class ScriptedEngine:
         self.requests = []
 
     def generate(self, requests):
-        assert requests
         self.requests += requests
         torch.rand(3)
         return [
