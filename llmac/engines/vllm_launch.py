@@ -29,8 +29,11 @@ SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_END = 10.0
 """A server that is asked to end has so long; then it is killed."""
 LAST_LINES = 15
-ERROR = re.compile(r"\b(\w+\.)*\w*(Error|Exception): .*")
-"""A line of a log that says what was raised."""
+ERROR = re.compile(
+    r"^(?:\(\w+ pid=\d+\) )?(?:ERROR [^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception): .*)",
+    re.MULTILINE,
+)
+"""A line of a log that says what was raised, with or without vLLM's prefix."""
 LAUNCHER_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -318,7 +321,7 @@ class ServerProcess:
         code = self._server.poll()
         # The engine's process ends first and the server's tells about it: the first error is the cause.
         first = ERROR.search(self._printed())
-        cause = first[0] if first else ""
+        cause = first[1] if first else ""
         if code == -signal.SIGKILL:
             cause = "killed from outside, as the kernel does when memory is used up"
         knobs = f"; {MEMORY_KNOBS}" if is_about_memory(RuntimeError(cause)) else ""

@@ -2,18 +2,22 @@
 
 A server is started with `--weight-transfer-config '{"backend": "llmac"}'` and with `WorkerExtension` of this file as
 `--worker-extension-cls` (`vllm_launch.server_command`). vLLM imports that class in each worker before it loads the
-model, which is all that is wanted of it: importing this file registers the backend. An entry point for vLLM's plugins
-would do it too, but in every vLLM of the machine, also in those that are not ours, and not in an editable install that
-is older than the entry point.
+model, and importing this file registers the backend. An entry point for vLLM's plugins would do it too, but in every
+vLLM of the machine, also in those that are not ours, and not in an editable install older than the entry point.
 
 One update is one session: start, bucket after bucket, finish. Facts it rests on (vLLM 0.32):
-    - A worker counts a session as open until `finish` succeeds or `update` fails. Hence a session that broke off is
-      ended by an update that is refused (`weight_sender.ABORT`), and `start` begins from anything.
+    - A worker counts a session as open until `finish` succeeds or `update` fails, and refuses to start another. Hence
+      `break_off_weight_update`, and a `start` that begins from anything.
+    - When several workers share an engine and one raises, vLLM does not read what the others answer, takes it for the
+      answer to the next call, and from then on is told that weights were loaded when they were not. Hence a server of
+      several workers takes no more weights after a failure: it has to be started anew.
     - Where vLLM computes with the parameters as they were loaded, as on CPU with packing switched off, tensors are
       copied from the bucket into the parameters and that is all. Elsewhere layers are made anew, loaded, processed and
       copied over the old ones, over all buckets of one session; half-loaded layers are kept until their last part.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +43,11 @@ Reader = SharedMemoryReader | WeightSocketReader
 
 
 class WorkerExtension:
-    """Adds nothing to vLLM's worker; naming it makes the worker import this file."""
+    """What vLLM's worker inherits besides its own: to be called through `/collective_rpc`."""
+
+    def break_off_weight_update(self) -> None:
+        """End an update that nobody will finish, if there is one. The model may then hold a mixture of weights."""
+        self._weight_update_active = False  # the worker's own, a private name of vLLM
 
 
 @dataclass
@@ -85,15 +93,58 @@ class WeightReceiver(WeightTransferEngine[Introduction, Bucket]):
         self._update: int | None = None
         self._next_number = 0
         self._complete = False
+        self._alone = vllm_config.parallel_config.world_size == 1
+        self._failed = False
 
     def init_transfer_engine(self, init_info: Introduction) -> None:
         """Meet a sender; the one before is forgotten."""
-        self.shutdown()
-        reader = SharedMemoryReader if init_info.transport == "shm" else WeightSocketReader
-        self._reader = reader(init_info.introduction)
+        with self._failures_noted():
+            self.shutdown()
+            reader = SharedMemoryReader if init_info.transport == "shm" else WeightSocketReader
+            self._reader = reader(init_info.introduction)
 
     def start_weight_update(self) -> None:
         """Begin an update, whatever became of the one before."""
+        with self._failures_noted():
+            self._start()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one bucket; an exception ends the session."""
+        with self._failures_noted():
+            self.receive_weights(self.parse_update_info(update_info))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    def finish_weight_update(self) -> None:
+        """End an update.
+
+        Raises:
+            RuntimeError: its last bucket did not arrive; the session stays open.
+        """
+        with self._failures_noted():
+            self._finish()
+
+    def shutdown(self) -> None:
+        """Forget the sender."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    @contextlib.contextmanager
+    def _failures_noted(self) -> Iterator[None]:
+        """Refuse to go on after a failure that leaves vLLM out of step with its workers."""
+        if self._failed and not self._alone:
+            raise RuntimeError(
+                "an update failed on this server of several workers, and vLLM no longer knows what its workers answer; "
+                "start the server anew"
+            )
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _start(self) -> None:
         self._next_number, self._complete = 0, False
         if self._as_loaded:
             return
@@ -102,12 +153,6 @@ class WeightReceiver(WeightTransferEngine[Introduction, Bucket]):
             finalize_layerwise_reload(self.model, self.model_config)
         self._half_loaded = True
         initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one bucket; an exception ends the session."""
-        self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def receive_weights(self, update_info: Bucket) -> None:
         """Load one bucket.
@@ -139,12 +184,7 @@ class WeightReceiver(WeightTransferEngine[Introduction, Bucket]):
             bucket.last,
         )
 
-    def finish_weight_update(self) -> None:
-        """End an update.
-
-        Raises:
-            RuntimeError: its last bucket did not arrive; the session stays open.
-        """
+    def _finish(self) -> None:
         if not self._complete:
             raise RuntimeError(
                 f"the update ended after {self._next_number} buckets, before the last: the model holds a mixture of "
@@ -155,12 +195,6 @@ class WeightReceiver(WeightTransferEngine[Introduction, Bucket]):
             if self.device.type == "cpu":
                 vllm_weights._dispatch_head_anew(self.model)
         self._half_loaded = False
-
-    def shutdown(self) -> None:
-        """Forget the sender."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
 
 
 # Once in each worker: packing is switched off before the model is loaded, and the backend is known by its name.

@@ -18,8 +18,10 @@ from llmac.engines.weight_socket import WeightSocket
 Transport = Literal["shm", "tcp"]
 ALIGNMENT = 64
 """Bytes; every tensor begins at a multiple, so that any dtype may be read in place."""
+BREAK_OFF = "break_off_weight_update"
+"""Method of a server's workers that ends an update which broke off in the middle, for `/collective_rpc`."""
 ABORT: Mapping[str, Any] = {"abort": True}
-"""An `update_info` that no server accepts: refusing it is how vLLM ends an update that broke off in the middle."""
+"""An `update_info` that no server accepts: it ends an update too, but costs a server of several workers a restart."""
 
 
 class WeightSender:

@@ -163,6 +163,7 @@ def test_the_first_error_of_the_last_start_is_the_cause(process):
     """vLLM's server dies of its engine's death, and what its engine died of is said many lines before."""
     code = """
 import sys
+print("(APIServer pid=6) WARNING 11-21 [a.py:1] This can cause errors like `OSError: [Errno 24]`")
 print("(EngineCore pid=7) ERROR 11-21 [core.py:1] ValueError: 4 GiB KV cache is needed")
 for _ in range(50):
     print("leaked memory objects")
