@@ -333,12 +333,13 @@ def _probe_tolerance(recipe: Recipe) -> float:
 def _longest(
     recipe: Recipe, runtime: Runtime, prompts: list[Prompt], held_out: HeldOut | None
 ) -> int:
-    """Tokens of the longest prompt and response this run can ask an engine for."""
+    """Tokens of the longest prompt and response this run can ask an engine for, on any rank."""
     longest = max(len(p.token_ids) for p in prompts) + recipe.rollout.max_new_tokens
     if held_out is not None:
         asked = [len(p.token_ids) + held_out.sampling.max_new_tokens for p in held_out.prompts]
         longest = max(longest, *asked, 0)
-    return int(runtime.max(max(longest, PROBE_TOKENS + 1)))
+    probe = len(_probe_prompt(recipe, prompts)) + PROBE_TOKENS
+    return int(runtime.max(max(longest, probe)))
 
 
 def _engine_dtype(recipe: Recipe) -> torch.dtype:
