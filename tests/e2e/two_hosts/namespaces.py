@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
+LOOPBACK = "127.0.1.1"
 INTERFACE = "eth0"
 """The name of both ends of the cable, each inside its host; the machine's own interfaces are not visible there."""
 
@@ -34,18 +35,30 @@ class Host:
     outside: int
     """Process id of what holds the namespaces, as the machine sees it."""
 
+    def command(self, arguments: Sequence[str], *, folder: Path) -> list[str]:
+        """A command line that, started on the machine, runs `arguments` on this host."""
+        return ["nsenter", f"--target={self.outside}", "--all", f"--wdns={folder}", *arguments]
+
     def start(
         self, arguments: Sequence[str], *, folder: Path, environment: Mapping[str, str], log: Path
     ) -> subprocess.Popen[bytes]:
         """Start a command on this host; it leads a process group, and what it prints goes to `log`."""
         with log.open("w") as output:
             return subprocess.Popen(
-                ["nsenter", f"--target={self.outside}", "--all", f"--wdns={folder}", *arguments],
+                self.command(arguments, folder=folder),
                 env=dict(environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def bytes_received(self) -> int:
+        """By its end of the cable, so far."""
+        for line in Path(f"/proc/{self.outside}/net/dev").read_text().splitlines():
+            name, _, counts = line.strip().partition(":")
+            if name == INTERFACE:
+                return int(counts.split()[0])
+        raise LookupError(f"{self.name} has no {INTERFACE}")
 
     def unplug(self) -> None:
         """Pull the cable: nothing arrives any more, and nobody is told."""
@@ -58,11 +71,13 @@ class Host:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
-    """Two hosts with a cable between them, which know each other's names; gone when the block ends.
+def two_hosts(folder: Path, *, by_name: bool = True) -> Iterator[tuple[Host, Host]]:
+    """Two hosts with a cable between them; gone when the block ends.
 
     Args:
         folder: for the file of host names.
+        by_name: whether the hosts' names lead to their addresses. Without, each host takes its own name for its
+            loopback, which many installations of Linux write into `/etc/hosts`.
 
     Raises:
         RuntimeError: this machine or this user cannot make namespaces; the message says why.
@@ -73,7 +88,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
             f"there is no {', '.join(missing)}; install iproute2 and util-linux to make hosts"
         )
     names = folder / "hosts"
-    lines = [f"{address} {name}" for name, address in ADDRESSES.items()]
+    lines = [f"{address if by_name else LOOPBACK} {name}" for name, address in ADDRESSES.items()]
     names.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
     with contextlib.ExitStack() as stack:
         hosts = []

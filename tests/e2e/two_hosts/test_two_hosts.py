@@ -1,7 +1,9 @@
 """`accelerate launch --num_machines 2`, really started on two hosts that share nothing but a folder and a cable."""
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,34 +11,55 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tests.e2e.two_hosts.namespaces import two_hosts
+from tests.e2e.two_hosts.namespaces import INTERFACE, two_hosts
 
 ROOT = Path(__file__).parents[3]
-PORT = "29500"
-
-pytestmark = pytest.mark.slow
-
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
 REWARD = '''
 import json, os, pathlib, socket
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-where = {name: os.environ[name] for name in VARIABLES} | {"host": socket.gethostname()}
-(pathlib.Path(__file__).parent / f"rank-{where['RANK']}.json").write_text(json.dumps(where))
+where = {name: os.environ[name] for name in VARIABLES}
+(pathlib.Path(__file__).parent / socket.gethostname()).write_text(json.dumps(where))
 
 
 def reward(prompt, response, wanted):
     """Fraction of the response's characters that are the wanted one."""
     return response.count(wanted) / max(len(response), 1)
 '''
+# What `srun` does for one task a node: the same command on each, with the task's number.
+SRUN = """#!{python}
+import os, subprocess, sys
+nodes = {nodes}
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    option, _, value = command.pop(0).partition("=")
+    if option == "--nodelist":
+        nodes = {{name: nodes[name] for name in value.split(",")}}
+tasks = [
+    subprocess.Popen([*enter, *command], env={{**os.environ, "SLURM_PROCID": str(number)}})
+    for number, enter in enumerate(nodes.values())
+]
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def hosts(tmp_path):
-    """Two hosts for one test; whatever still runs on them ends with it."""
-    with two_hosts(tmp_path) as pair:
-        yield pair
+def needs(package):
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,37 +72,99 @@ def _hosts_are_possible(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(settings, tmp_path):
-    """Three steps, with a reward function that leaves a note of where each rank ran."""
-    (tmp_path / "reward.py").write_text(REWARD)
-    settings["reward"] = f"{tmp_path / 'reward.py'}:reward"
-    settings["run"] |= {"steps": 3, "save_every": 3}
-    return settings
+def hosts(tmp_path):
+    """Two hosts for one test, which know each other by name; whatever still runs on them ends with it."""
+    with two_hosts(tmp_path) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def model(home, tmp_path_factory):
+    """The tiny model with heads of 32, the smallest that vLLM has kernels for on CPU."""
+    folder = tmp_path_factory.mktemp("model")
+    config = Qwen2Config.from_pretrained(home / "model")
+    config.hidden_size, config.num_attention_heads = 64, 2
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(home / "model").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(model, home, tmp_path_factory):
+    """Three steps, and a reward function that leaves a note of where each rank ran beside the recipe."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "reward.py").write_text(REWARD)
+    settings = {
+        "model": {"name": str(model)},
+        "data": {"name": str(home / "train.jsonl")},
+        "reward": f"{folder / 'reward.py'}:reward",
+        "algorithm": {"name": "grpo", "group_size": 4},
+        "actor": {"lr": 3e-3, "prompts_per_step": 4, "minibatches": 2},
+        "rollout": {"max_new_tokens": 8},
+        "run": {"steps": 3, "save_every": 3},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def one_host(recipe, tmp_path_factory):
+    """The run folder that two processes of this machine leave."""
+    output = tmp_path_factory.mktemp("one_host")
+    subprocess.run(
+        [
+            *launcher("ddp.yaml", "--main_process_port", "0"),
+            *("recipes/train.py", str(recipe), f"run.output={output}"),
+        ],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        check=True,
+        timeout=120,
+    )
+    return output
+
+
+@pytest.fixture
+def launch(hosts, recipe, tmp_path):
+    """Starts `Job`s on both hosts and waits for none of them in the end."""
+    started = []
+
+    def start(*overrides):
+        folder = tmp_path / "run"
+        started.append(Job(hosts, tmp_path, [str(recipe), f"run.output={folder}", *overrides]))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.end()
+
+
+def launcher(config, *options):
+    """`accelerate launch` of two processes in all."""
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", f"recipes/accelerate/{config}", "--num_processes", "2", *options),
+    ]
 
 
 class Job:
-    """The same `accelerate launch` on each host, as the README has it, with its machine rank."""
+    """The same command on each host, as the README has it, with its machine rank."""
 
-    def __init__(self, hosts, folder, recipe, *overrides, config="ddp.yaml", environment=None):
+    def __init__(self, hosts, folder, arguments):
         self.logs = [folder / f"{host.name}.log" for host in hosts]
         self.launchers = []
         for machine, (host, log) in enumerate(zip(hosts, self.logs, strict=True)):
-            command = [sys.executable, "-m", "accelerate.commands.launch"]
-            command += ["--config_file", f"recipes/accelerate/{config}"]
-            command += ["--num_machines", "2", "--num_processes", "2"]
-            command += ["--machine_rank", str(machine)]
-            command += ["--main_process_ip", hosts[0].address, "--main_process_port", PORT]
+            command = launcher(
+                "ddp.yaml",
+                *("--num_machines", "2", "--machine_rank", str(machine)),
+                *("--main_process_ip", hosts[0].address, "--main_process_port", "29500"),
+            )
             self.launchers.append(
                 host.start(
-                    [*command, "recipes/train.py", str(recipe), *overrides],
+                    [*command, "recipes/train.py", *arguments],
                     folder=ROOT,
-                    environment={
-                        **os.environ,
-                        "OMP_NUM_THREADS": "1",
-                        "CUDA_VISIBLE_DEVICES": "",
-                        "HF_HUB_OFFLINE": "1",
-                        **(environment or {}),
-                    },
+                    environment=ENVIRONMENT,
                     log=log,
                 )
             )
@@ -122,57 +207,121 @@ class Job:
         return rank
 
 
-@pytest.fixture
-def launch(hosts, tmp_path):
-    """Starts `Job`s on both hosts and waits for none of them in the end."""
-    started = []
-
-    def start(*arguments, **options):
-        started.append(Job(hosts, tmp_path, *arguments, **options))
-        return started[-1]
-
-    yield start
-    for job in started:
-        job.end()
-
-
-def test_two_hosts_train_like_two_processes_of_one(
-    hosts, launch, settings, write_recipe, run, read_metrics, tmp_path
-):
-    """Hosts whose names resolve need no variable at all."""
-    recipe = write_recipe(settings)
-    job = launch(recipe)
-    assert job.finish() == [0, 0], job.printed()
-
+def check_ranks(hosts, notes):
+    """Each host ran one rank, numbered by its machine rank."""
     for rank, host in enumerate(hosts):
-        where = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        assert where == {
+        assert json.loads((notes / host.name).read_text()) == {
             "RANK": str(rank),
             "WORLD_SIZE": "2",
             "LOCAL_RANK": "0",
             "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": hosts[0].address,
-            "host": host.name,
         }
-    assert [text.count("step 3/3") for text in job.printed()] == [1, 0], "one rank reports"
 
-    code, printed = run(recipe, f"run.output={tmp_path / 'one_host'}", processes=2).finish()
-    assert code == 0, printed
+
+def final_weights(output):
+    return load_file(output / "final/model.safetensors")
+
+
+def slurm(script, nodes, recipe, folder, variables, *overrides):
+    """Run a script of recipes/slurm with `srun` and `scontrol` played; its exit code and what it printed."""
+    enters = {name: host.command([], folder=ROOT) for name, host in nodes.items()}
+    played = {
+        "srun": SRUN.format(python=sys.executable, nodes=enters),
+        "scontrol": "\n".join(["#!/bin/sh", *(f"echo {name}" for name in nodes), ""]),
+    }
+    for name, text in played.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    log = folder / "slurm.log"
+    # To a file, because servers that outlive the script would keep a pipe open.
+    with log.open("w") as output:
+        job = subprocess.run(
+            [
+                *("bash", f"recipes/slurm/{script}", str(recipe)),
+                *(f"run.output={folder / 'run'}", *overrides),
+            ],
+            cwd=ROOT,
+            env={
+                **ENVIRONMENT,
+                "PATH": f"{folder}:{ENVIRONMENT['PATH']}",
+                "SLURM_NNODES": str(len(nodes)),
+                "SLURM_JOB_NODELIST": "host-[a-b]",
+                "SLURM_JOB_ID": "1",
+                **variables,
+            },
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=200,
+        )
+    return job.returncode, log.read_text()
+
+
+def test_two_hosts_train_like_two_processes_of_one(
+    hosts, launch, one_host, recipe, read_metrics, tmp_path
+):
+    """Hosts whose names lead to their addresses need no variable at all."""
+    job = launch()
+    assert job.finish() == [0, 0], job.printed()
+    check_ranks(hosts, notes=recipe.parent)
+    assert [text.count("step 3/3") for text in job.printed()] == [1, 0], "one rank reports"
     lines = read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines == read_metrics(tmp_path / "one_host")
-    ours, theirs = (
-        load_file(tmp_path / name / "final/model.safetensors") for name in ("run", "one_host")
-    )
+    assert [line["step"] for line in lines] == [1, 2, 3], "one rank writes"
+    assert lines == read_metrics(one_host)
+    ours, theirs = final_weights(tmp_path / "run"), final_weights(one_host)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("whole_host", [False, True], ids=["the rank", "its whole host"])
-def test_when_a_rank_of_one_host_dies_the_other_host_ends_too(
-    whole_host, hosts, launch, settings, write_recipe, tmp_path
+@pytest.mark.deepspeed
+@needs("deepspeed")
+def test_the_slurm_script_trains_under_zero3_on_two_hosts(one_host, recipe, read_metrics, tmp_path):
+    """The hosts take their own names for their loopback, so gloo must be told which interface to use."""
+    with two_hosts(tmp_path, by_name=False) as hosts:
+        variables = {"GLOO_SOCKET_IFNAME": INTERFACE}
+        # Not the names: the second host would look for the first one where each looks for itself.
+        code, printed = slurm(
+            "train.sbatch", {host.address: host for host in hosts}, recipe, tmp_path, variables
+        )
+        assert code == 0, printed
+        check_ranks(hosts, notes=recipe.parent)
+    lines, theirs = read_metrics(tmp_path / "run"), read_metrics(one_host)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for name in ("actor/pg_loss", "actor/grad_norm", "reward/mean"):
+        ours, reference = ([line[name] for line in run] for run in (lines, theirs))
+        assert ours == pytest.approx(reference, rel=1e-4, abs=1e-6), name
+    weights = final_weights(tmp_path / "run")
+    for name, weight in final_weights(one_host).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.vllm
+@needs("deepspeed")
+@needs("vllm")
+def test_a_trainer_on_one_host_feeds_a_vllm_server_on_the_other(
+    hosts, model, recipe, read_metrics, tmp_path
 ):
-    settings["run"] |= {"steps": 10_000, "save_every": 10_000}
-    job = launch(write_recipe(settings))
+    """Two ranks under ZeRO-3 on the first host; weights reach the second one through the cable or not at all."""
+    overrides = ["rollout.weight_transport=tcp", "rollout.probe_every=1", "rollout.kv_cache_mb=64"]
+    code, printed = slurm(
+        "train_split.sbatch",
+        {host.name: host for host in hosts},
+        recipe,
+        tmp_path,
+        {"SLURM_GPUS_ON_NODE": "2", "SERVER_NODES": "1"},
+        *overrides,
+    )
+    assert code == 0, printed
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert max(line["actor/sampler_logprob_diff_max"] for line in lines) < 1e-3
+    syncs, size = len(lines), (model / "model.safetensors").stat().st_size
+    assert hosts[1].bytes_received() > syncs * size
+
+
+@pytest.mark.parametrize("whole_host", [False, True], ids=["the rank", "its whole host"])
+def test_when_a_rank_of_one_host_dies_the_other_host_ends_too(whole_host, hosts, launch, tmp_path):
+    job = launch("run.steps=10000", "run.save_every=10000")
     job.wait_for('"step": 2', tmp_path / "run/metrics.jsonl")
     if whole_host:
         hosts[1].power_off()
@@ -182,4 +331,5 @@ def test_when_a_rank_of_one_host_dies_the_other_host_ends_too(
     codes = job.finish(seconds=60)
     assert 0 not in codes, job.printed()
     assert time.monotonic() - since < 30, "the other host waited for the dead one"
+    assert "rank 1 (host-b, pid " in job.printed()[0], "the other host does not say which rank"
     assert not (tmp_path / "run/final").exists()
