@@ -240,7 +240,7 @@ class ServerProcess:
         return self._server is not None and self._server.poll() is None
 
     def start(self) -> None:
-        """Start it and return at once.
+        """Start it and return at once; what is left of an earlier start is ended first.
 
         Raises:
             EngineError: its port is taken.
@@ -284,7 +284,6 @@ class ServerProcess:
 
     def restart(self) -> None:
         """End it, also when it hangs, start it again and return at once."""
-        self.kill()
         self.start()
 
     def kill(self) -> None:
