@@ -105,11 +105,15 @@ class Zero:
         """Make a DeepSpeed engine of `module`."""
         import deepspeed
 
-        optimizer = self._offloadable(optimizer_of(module))
+        dtype = _dtype(module)
+        for parameter in module.parameters():
+            # One precision an engine: a float32 value head follows its bfloat16 trunk. The optimizer's copy is float32.
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
-            config=self._config(_dtype(module), _hidden_size(module), max_norm),
+            optimizer=self._offloadable(optimizer_of(module)),
+            config=self._config(dtype, _hidden_size(module), max_norm),
         )
         return ZeroSharded(engine, world_size=self.world_size, stage=self.stage)
 
