@@ -28,9 +28,10 @@ FLAGS = {
     Sharding.ZERO3_OFFLOAD: ["--offload"],
     Sharding.FSDP2: ["--fsdp2"],
 }
-LENGTHS = ("data.max_prompt_tokens=512", "rollout.max_model_len=1024")
+LENGTHS = ("data.max_prompt_tokens=512",)
 ADAPTERS = ("model.lora.r=16", "critic.lora=true")
-SERVER = ("rollout.engine=vllm_server", "rollout.gpu_memory_utilization=0.9")
+SERVER = ("rollout.engine=vllm_server",)
+BFLOAT16 = ("model.dtype=bfloat16", "model.compute_dtype=null")
 ELSEWHERE = (
     *SERVER,
     "rollout.servers=[http://b:8000, http://b:8001]",
@@ -65,9 +66,8 @@ class Placement:
         return f"recipes/gsm8k_{self.algorithm}.yaml"
 
     def overrides(self, name: str) -> list[str]:
-        section = f"model={{name: {name}, dtype: bfloat16, gradient_checkpointing: true}}"
-        first = section if self.bfloat16 else f"model.name={name}"
-        return [first, *LENGTHS, *self.settings]
+        precision = BFLOAT16 if self.bfloat16 else ()
+        return [f"model.name={name}", *precision, *LENGTHS, *self.settings]
 
     def plan(self) -> Plan:
         recipe = load_recipe(ROOT / self.recipe, self.overrides(str(ROOT / self._folder)))

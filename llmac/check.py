@@ -56,7 +56,7 @@ def check(recipe: Recipe) -> Iterator[Finding]:
     yield Finding(
         subject="model weights and memory",
         verdict="not checked",
-        detail="known only when the model is loaded; run one step with run.steps=1",
+        detail="`llmac plan` estimates memory; for certainty, run one step with run.steps=1",
     )
 
 

@@ -81,13 +81,22 @@ def layer_bytes(model: Skeleton, precision: Precision) -> int:
 
 
 @lru_cache(maxsize=64)
-def cast_bytes(model: Skeleton, precision: Precision) -> int:
-    """Bfloat16 copies of the trainable float32 matrices that autocast holds until the forward pass is over."""
+def cast_bytes(model: Skeleton, precision: Precision, *, cached: bool) -> int:
+    """Bfloat16 copies of float32 matrices alive at the end of a forward pass, those apart that autograd keeps.
+
+    Args:
+        model: sizes.
+        precision: of weights and computation.
+        cached: autocast holds the copy of every trainable matrix until the pass is over; else that of the matrix at
+            work alone, of which the largest counts.
+    """
     if precision != "autocast":
         return 0
-    return 2 * sum(
-        weight.elements for weight in model.weights if weight.linear and weight.trainable
-    )
+    if cached:
+        return 2 * sum(
+            weight.elements for weight in model.weights if weight.linear and weight.trainable
+        )
+    return 2 * max((weight.elements for weight in model.weights if weight.linear), default=0)
 
 
 @lru_cache(maxsize=64)

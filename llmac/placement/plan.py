@@ -1,35 +1,17 @@
-"""Where the memory goes: for each phase of a step, what is alive on one GPU."""
+"""Will a recipe fit: GPUs divided, its phases added up, and what is too much."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmac.config.schema import Recipe
 from llmac.errors import ConfigError
-from llmac.placement.activations import (
-    Precision,
-    backward_bytes,
-    backward_cast_bytes,
-    cast_bytes,
-    kept_bytes,
-    logits_bytes,
-)
+from llmac.placement.parts import Parts
+from llmac.placement.phases import Phase, phases_of
 from llmac.placement.sampling import GIB, Sampler, hf_sampler, vllm_sampler
-from llmac.placement.sharding import Held, Sharding, held
-from llmac.placement.skeletons import (
-    Skeleton,
-    bare_skeleton,
-    critic_skeleton,
-    policy_skeleton,
-    reward_skeleton,
-)
+from llmac.placement.sharding import Sharding
+from llmac.placement.skeletons import Skeleton, bare_skeleton
+from llmac.serve import gpu_share
 
-CONTEXT = 1 * GIB
-"""CUDA's context and the kernels loaded into it. Assumed."""
-NCCL = GIB // 2
-"""NCCL's communicators and their buffers. Assumed."""
-FRAGMENTATION = 0.05
-"""Of what PyTorch holds, lost between its blocks. Assumed."""
 USUAL_PROMPT = 512
 """Tokens of a prompt where neither data.max_prompt_tokens nor --prompt-tokens says."""
 
@@ -59,20 +41,6 @@ class Machines:
     def gpu_memory(self) -> int:
         """Bytes of one GPU."""
         return int(self.gpu_gib * GIB)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """One moment of a run."""
-
-    name: str
-    items: Mapping[str, int]
-    """What is alive on the fullest GPU: words -> bytes."""
-
-    @property
-    def total(self) -> int:
-        """Bytes of all items."""
-        return sum(self.items.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,14 +95,21 @@ def plan(recipe: Recipe, machines: Machines, *, prompt_tokens: int | None = None
     # A row longer than the budget is a micro-batch by itself; fewer rows than the budget holds are all there is.
     part = -(-rows // recipe.actor.minibatches)
     micro_batch = min(max(recipe.actor.max_tokens_per_microbatch, longest), part * longest)
-    parts = _Parts.of(recipe, machines.sharding, training, micro_batch)
+    parts = Parts.of(recipe, machines.sharding, training, micro_batch)
     bare = bare_skeleton(recipe.model)
     rollout = recipe.rollout
     if rollout.engine == "hf":
         sampler = hf_sampler(bare, recipe.model, rollout, rows=rows, prompt_tokens=prompt)
     else:
-        sampler = vllm_sampler(bare, recipe.model, rollout, gpu_memory=machines.gpu_memory)
-    phases = _phases(recipe, parts, sampler, several=training > 1)
+        sampler = vllm_sampler(
+            bare,
+            recipe.model,
+            rollout,
+            gpu_memory=machines.gpu_memory,
+            share=share_of(recipe),
+            longest=_engine_context(recipe, bare, prompt_tokens),
+        )
+    phases = phases_of(recipe, parts, sampler, several=training > 1)
     problems, shortfall = _problems(phases, sampler, machines.gpu_memory, longest)
     # Engines are asleep, and their weights in main memory, while the policy learns.
     per_node = min(machines.gpus, training)
@@ -155,127 +130,24 @@ def plan(recipe: Recipe, machines: Machines, *, prompt_tokens: int | None = None
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    """The modules of a run, in bytes on one GPU."""
-
-    policy_shape: Skeleton
-    critic_shape: Skeleton | None
-    policy: Held
-    critic: Held
-    reference: Held
-    rewards: int
-    policy_moments: tuple[Mapping[str, int], ...]
-    """The end of the forward pass and the begin of the backward pass, each item by its name."""
-    critic_moments: tuple[Mapping[str, int], ...]
-    loaded: int
-    """The largest model, whole, as every rank reads it into main memory."""
-
-    @classmethod
-    def of(cls, recipe: Recipe, sharding: Sharding, ranks: int, tokens: int) -> "_Parts":
-        spec = recipe.model
-        policy = policy_skeleton(spec)
-        settings = recipe.critic.settings if recipe.critic else None
-        critic = critic_skeleton(spec, settings) if settings is not None else None
-        reference: Skeleton | None = None
-        if recipe.algorithm.settings.uses_reference and not (spec.lora and not spec.reference):
-            reference = bare_skeleton(spec, spec.reference)
-        rewards = [reward_skeleton(f.model) for f in recipe.reward.functions if f.model is not None]
-        precision: Precision = spec.dtype
-        if spec.dtype == "float32" and spec.compute_dtype:
-            precision = "autocast"
-
-        def moments(model: Skeleton) -> tuple[dict[str, int], ...]:
-            sizes = {"gradient_checkpointing": spec.gradient_checkpointing}
-            forward_ends = {
-                "bfloat16 copies of weights": cast_bytes(model, precision),
-                "activations": kept_bytes(model, tokens, precision, **sizes),
-            }
-            backward_begins = {
-                "bfloat16 copies of weights": backward_cast_bytes(model, precision, **sizes),
-                "activations": backward_bytes(model, tokens, precision, **sizes),
-            }
-            return forward_ends, backward_begins
-
-        logits = {"logits": logits_bytes(policy, tokens, spec.logprob_chunk_mb)}
-        # A head on the policy's trunk sees hidden vectors that were computed without gradient.
-        own_trunk = settings is not None and settings.trunk == "own"
-        return cls(
-            policy_shape=policy,
-            critic_shape=critic,
-            policy=held(policy, sharding, ranks),
-            critic=held(critic, sharding, ranks) if critic is not None else Held(),
-            reference=held(reference, sharding, ranks) if reference is not None else Held(),
-            rewards=sum(model.bytes for model in rewards),
-            policy_moments=tuple(moment | logits for moment in moments(policy)),
-            critic_moments=moments(critic) if critic is not None and own_trunk else (),
-            loaded=max(
-                model.bytes for model in (policy, critic, reference, *rewards) if model is not None
-            ),
-        )
+def share_of(recipe: Recipe) -> float:
+    """Fraction of a GPU that vLLM takes."""
+    serves = recipe.rollout.engine == "vllm_server"
+    return gpu_share(recipe) if serves else recipe.rollout.gpu_memory_utilization
 
 
-def _phases(recipe: Recipe, parts: _Parts, sampler: Sampler, *, several: bool) -> tuple[Phase, ...]:
-    policy, critic = parts.policy, parts.critic
-    engine = recipe.rollout.engine
-    nothing: Mapping[str, int] = {}
-    starting, awake, asleep, loading = (
-        (sampler.starting, sampler.awake, sampler.asleep, sampler.loading)
-        if engine != "vllm_server"
-        else (nothing, nothing, nothing, nothing)
-    )
-    bucket = {"sync bucket": recipe.rollout.sync_bucket_mb << 20}
-    trained = {
-        "policy parameters": policy.parameters,
-        "critic parameters": critic.parameters,
-        "reference parameters": parts.reference.parameters,
-        "reward models": parts.rewards,
-        "policy optimizer": policy.optimizer,
-        "critic optimizer": critic.optimizer,
-    }
-    idle = {
-        "policy gradients": policy.idle_gradients,
-        "critic gradients": critic.idle_gradients,
-        "buffers": policy.idle_buffers + critic.idle_buffers,
-    }
-
-    def learning(
-        name: str, one: Held, other: Held, passes: tuple[Mapping[str, int], ...]
-    ) -> dict[str, int]:
-        """The largest of three moments: the two of the pass, and the optimizer's step."""
-        moments = [{**moment, "buffers": one.buffers + other.idle_buffers} for moment in passes]
-        idle_buffers = one.idle_buffers + other.idle_buffers
-        moments.append({"optimizer's step": one.update, "buffers": idle_buffers})
-        largest = max(moments, key=lambda moment: sum(moment.values()))
-        gradients = {f"{name} gradients": one.gradients}
-        return {**trained, **asleep, **idle, **gradients, **largest}
-
-    everything = {
-        # Of a run that continues: a new one has no optimizer yet.
-        "start": {**trained, **idle, **starting, **bucket},
-        "generate": {**trained, **idle, **awake},
-        "learn policy": learning("policy", policy, critic, parts.policy_moments),
-    }
-    if parts.critic_shape is not None:
-        everything["learn critic"] = learning("critic", critic, policy, parts.critic_moments)
-    everything["sync"] = {**trained, **idle, **loading, **bucket}
-    if engine == "vllm_server":
-        everything["server"] = {**sampler.awake, **bucket}
-    own_pool = {*sampler.awake, *sampler.asleep} if engine != "hf" else set[str]()
-    return tuple(
-        Phase(name=name, items=_with_rest(items, own_pool, several))
-        for name, items in everything.items()
-    )
-
-
-def _with_rest(items: Mapping[str, int], own_pool: set[str], several: bool) -> dict[str, int]:
-    """With what nobody allocates on purpose; vLLM's budget is not fragmented by the trainer."""
-    held_by_torch = sum(size for word, size in items.items() if word not in own_pool)
-    return {
-        **items,
-        "CUDA and NCCL": CONTEXT + (NCCL if several else 0),
-        "fragmentation": int(FRAGMENTATION * held_by_torch),
-    }
+def _engine_context(recipe: Recipe, model: Skeleton, prompt_tokens: int | None) -> int:
+    """Tokens a vLLM engine is started for: the recipe's, else the longest request's, if its length is known here."""
+    rollout, evaluation = recipe.rollout, recipe.evaluation
+    context = model.context or 0
+    prompt = prompt_tokens or recipe.data.max_prompt_tokens
+    if rollout.max_model_len or rollout.servers or prompt is None:
+        return rollout.max_model_len or context  # `llmac serve` sees no prompts
+    longest = prompt + rollout.max_new_tokens
+    if evaluation is not None:
+        held_out = evaluation.data.max_prompt_tokens or prompt
+        longest = max(longest, held_out + (evaluation.max_new_tokens or rollout.max_new_tokens))
+    return min(longest, context or longest)
 
 
 def _divide(recipe: Recipe, machines: Machines) -> tuple[int, int]:

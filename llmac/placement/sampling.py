@@ -78,17 +78,25 @@ def hf_sampler(
 
 
 def vllm_sampler(
-    model: Skeleton, spec: ModelConfig, rollout: RolloutConfig, *, gpu_memory: int
+    model: Skeleton,
+    spec: ModelConfig,
+    rollout: RolloutConfig,
+    *,
+    gpu_memory: int,
+    share: float,
+    longest: int,
 ) -> Sampler:
     """A vLLM engine, on one of the `tensor_parallel_size` GPUs it spans.
 
-        keys and values = gpu_memory_utilization · GPU - weights / tp - one batch's activations - CUDA graphs
+        keys and values = share · GPU - weights / tp - one batch's activations - CUDA graphs
 
     Args:
         model: without adapters; they arrive merged.
         spec: the recipe's `model`.
         rollout: the recipe's `rollout`.
         gpu_memory: bytes of the GPU.
+        share: the fraction of it that the engine takes.
+        longest: tokens of the engine's context, which its cache must hold.
 
     Raises:
         ConfigError: the attention heads cannot be dealt out to that many GPUs.
@@ -114,7 +122,7 @@ def vllm_sampler(
     if rollout.kv_cache_mb is not None:
         cache = rollout.kv_cache_mb << 20
     else:
-        cache = int(rollout.gpu_memory_utilization * gpu_memory) - weights - workspace
+        cache = int(share * gpu_memory) - weights - workspace
     # A key head that is not divided any further is copied.
     cached = -(-token_bytes(model, item) * max(1, model.key_heads // parts) // model.key_heads)
     awake = _items(weights, max(0, cache), workspace)
@@ -128,7 +136,7 @@ def vllm_sampler(
         host=weights if sleeps and rollout.sleep_level == 1 else 0,
         cache=cache,
         cache_tokens=max(0, cache) // cached,
-        longest=rollout.max_model_len or model.context or 0,
+        longest=longest,
         rows=rollout.max_num_seqs,
     )
 

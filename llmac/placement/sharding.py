@@ -16,21 +16,18 @@ float32 weights; AdamW alone keeps its two moments in the precision of the weigh
 parameters is kept for what does not learn.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 
 from llmac.placement.skeletons import Skeleton, Weight
+from llmac.runtime.zero import bucket_sizes
 
-REDUCE_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's `reduce_bucket_size` where its configuration does not say."""
 MAX_LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`: gathered weights it holds on to."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's `sub_group_size`: parameters updated at a time at stage 3."""
-PERSISTENT_ELEMENTS = 100_000
-"""DeepSpeed's `stage3_param_persistence_threshold`: smaller parameters stay whole on every rank once gathered."""
 FLOAT32 = 4
 STEP_BYTES = 4
 """AdamW counts the steps of each tensor in one float32."""
@@ -95,8 +92,10 @@ def held(module: Skeleton, sharding: Sharding, ranks: int) -> Held:
         return _fully_sharded(module.weights, ranks)
     weights = _as_deepspeed_holds(module.weights)
     if sharding in (Sharding.ZERO1, Sharding.ZERO2):
-        return _zero_optimizer(weights, ranks, cuts_gradients=sharding is Sharding.ZERO2)
-    return _zero_weights(weights, ranks, offload=sharding is Sharding.ZERO3_OFFLOAD)
+        bucket = bucket_sizes(module.hidden)["reduce_bucket_size"]
+        return _zero_optimizer(weights, ranks, bucket, cuts_gradients=sharding is Sharding.ZERO2)
+    offload = sharding is Sharding.ZERO3_OFFLOAD
+    return _zero_weights(weights, ranks, bucket_sizes(module.hidden), offload=offload)
 
 
 def _replicated(weights: tuple[Weight, ...], ranks: int) -> Held:
@@ -129,41 +128,50 @@ def _fully_sharded(weights: tuple[Weight, ...], ranks: int) -> Held:
     )
 
 
-def _zero_optimizer(weights: tuple[Weight, ...], ranks: int, *, cuts_gradients: bool) -> Held:
+def _zero_optimizer(
+    weights: tuple[Weight, ...], ranks: int, bucket: int, *, cuts_gradients: bool
+) -> Held:
     trainable = _trainable(weights)
     if not trainable:
         return Held(parameters=_bytes(weights))
     share = sum(_cut_flat(group, ranks) for group in _decay_groups(trainable))
     item = trainable[0].item_bytes
     groups = len(_decay_groups(trainable))
+    # The gradient just made, whole, while it is copied into the bucket or, too large for it, reduced by itself.
+    fresh = max(weight.elements for weight in trainable) if cuts_gradients else 0
     return Held(
         # Flattened, and padded so that the shards are equal.
         parameters=_bytes(_frozen(weights)) + share * ranks * item,
         gradients=share * item if cuts_gradients else _bytes(trainable),
         optimizer=share * (FLOAT32 + 2 * FLOAT32) + STEP_BYTES * groups,
-        buffers=REDUCE_BUCKET_ELEMENTS * item,
+        buffers=(bucket + fresh) * item,
         # The shard's gradient flattened, and in float32 if it was not.
         update=share * (item if item == FLOAT32 else item + FLOAT32),
     )
 
 
-def _zero_weights(weights: tuple[Weight, ...], ranks: int, *, offload: bool) -> Held:
+def _zero_weights(
+    weights: tuple[Weight, ...], ranks: int, sizes: Mapping[str, int], *, offload: bool
+) -> Held:
     trainable = _trainable(weights)
     shards = [_evenly(weight, ranks) for weight in weights]
     share = sum(shard.elements for shard in _trainable(shards))
     elements = sum(weight.elements for weight in weights)
     item = max(weights, key=lambda weight: weight.elements).item_bytes
-    kept_whole = [weight for weight in weights if weight.elements < PERSISTENT_ELEMENTS]
+    threshold = sizes["stage3_param_persistence_threshold"]
+    kept_whole = [weight for weight in weights if weight.elements <= threshold]
     gathered = min(elements, MAX_LIVE_ELEMENTS) * item
     if not trainable:
         return Held(parameters=_bytes(shards) + _bytes(kept_whole), buffers=gathered)
     gradients = share * item
     groups = len(_decay_groups(trainable))
     optimizer = (FLOAT32 + 2 * FLOAT32) * share + STEP_BYTES * groups
-    bucket = REDUCE_BUCKET_ELEMENTS * item
+    bucket = sizes["reduce_bucket_size"] * item
+    # A second time in the order in which it is scattered; or the gradient that is too large for it.
+    scattered = max(bucket, item * max(weight.elements for weight in trainable))
     on_gpu = Held(
         parameters=_bytes(shards) + (_bytes(kept_whole) if ranks > 1 else 0),
-        buffers=bucket + (gathered if ranks > 1 else 0),
+        buffers=bucket + scattered + (gathered if ranks > 1 else 0),
     )
     if offload:
         return replace(on_gpu, idle_buffers=bucket, host=gradients + FLOAT32 * share + optimizer)

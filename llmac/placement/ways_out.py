@@ -6,7 +6,7 @@ from typing import Any
 
 from llmac.config.schema import LoraConfig, Recipe
 from llmac.errors import ConfigError
-from llmac.placement.plan import Machines, Plan, plan
+from llmac.placement.plan import Machines, Plan, plan, share_of
 from llmac.placement.sharding import Sharding
 
 ENOUGH = 3
@@ -134,7 +134,7 @@ def _candidates(recipe: Recipe, machines: Machines, now: Plan) -> Iterator[_Chan
         if now.sampler.longest > now.row_tokens:
             yield _set("rollout.max_model_len", now.row_tokens)
         if rollout.kv_cache_mb is None:
-            yield from _utilization(rollout.gpu_memory_utilization)
+            yield from _utilization(share_of(recipe))
     rows = rollout.max_num_seqs
     for divisor in (2, 4, 8):
         if rows // divisor >= 16:
@@ -183,7 +183,7 @@ def _bfloat16(recipe: Recipe, machines: Machines, now: Plan) -> Iterator[_Change
         return
     settings: dict[str, Any] = {"model.dtype": "bfloat16"}
     words = "model.dtype=bfloat16"
-    if recipe.model.compute_dtype is not None:  # it would have no effect, which is an error
+    if recipe.model.compute_dtype is not None:  # beside bfloat16 weights it is an error
         settings["model.compute_dtype"] = None
         words += " model.compute_dtype=null"
     zero = machines.sharding in FLAGS

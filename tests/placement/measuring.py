@@ -11,8 +11,10 @@ def storage_bytes(tensors):
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def hidden(model, ids, precision):
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+def hidden(model, ids, precision, cached=True):
+    with torch.autocast(
+        "cpu", torch.bfloat16, enabled=precision == "autocast", cache_enabled=cached
+    ):
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
@@ -31,11 +33,22 @@ def saved_bytes(model, ids, precision):
     return storage_bytes(kept)
 
 
-def peak_bytes(model, ids, precision):
+def peak_bytes(model, ids, precision, cached=True):
     """The most that is alive in forward and backward, weights and their gradients apart."""
-    hidden(model, ids, precision).sum().backward()  # gradients exist from here on
+    hidden(model, ids, precision, cached).sum().backward()  # gradients exist from here on
+    return most_alive(lambda: hidden(model, ids, precision, cached).sum().backward())
+
+
+def looking_bytes(model, ids, precision, cached):
+    """The most that is alive in a forward pass without gradients, weights apart."""
+    with torch.no_grad():
+        return most_alive(lambda: hidden(model, ids, precision, cached))
+
+
+def most_alive(work):
+    """The most that is alive of what `work` allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        hidden(model, ids, precision).sum().backward()
+        work()
     assert recorded.profiler is not None
     events = recorded.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

@@ -1,6 +1,6 @@
 """One of two processes: cut a tiny model in every way, take real steps, say how many bytes each part has.
 
-    torchrun --nproc_per_node 2 shards_worker.py <folder>
+    torchrun --nproc_per_node 2 -m tests.placement.shards_worker <folder>
 
 Rank 0 writes <folder>/measured.json.
 """
@@ -16,12 +16,22 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmac.runtime.zero import bucket_sizes
+
+from .measuring import most_alive
+
 
 def main():
     folder = Path(sys.argv[1])
     distributed.init_process_group("gloo")
     config = AutoConfig.from_pretrained(folder)
     measured = {}
+    # First of all: DeepSpeed replaces PyTorch's linear function once it has been at stage 3.
+    model = cut_along_rows(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    measured["looking"] = {
+        name: looking(model, cached)
+        for name, cached in {"cached": True, "not cached": False}.items()
+    }
     for dtype in (torch.float32, torch.bfloat16):
         for name, cut in {"zero1": zero, "zero2": zero, "zero3": zero, "fsdp2": fsdp2}.items():
             torch.manual_seed(0)
@@ -48,8 +58,7 @@ def zero(model, dtype, stage):
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        # Not what is measured; the default of 500 million elements would be 2 GB a process here.
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
+        "zero_optimization": {"stage": stage, **bucket_sizes(model.config.hidden_size)},
     }
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     engine, inner, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -81,9 +90,7 @@ def zero(model, dtype, stage):
 
 
 def fsdp2(model, dtype, _):
-    for block in model.model.layers:
-        fully_shard(block)
-    fully_shard(model)
+    cut_along_rows(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loss_of(model).backward()
     optimizer.step()
@@ -94,6 +101,21 @@ def fsdp2(model, dtype, _):
         "gradients": sum(map(local, gradients)),
         "optimizer": sum(map(local, state)),
     }
+
+
+def cut_along_rows(model):
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model, reshard_after_forward=True)
+
+
+def looking(model, cached):
+    """The most alive of what a forward pass of few tokens allocates, gathered weights included."""
+    ids = torch.arange(8)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        model(input_ids=ids, use_cache=False)  # whatever the first pass leaves behind
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        return most_alive(lambda: model(input_ids=ids, use_cache=False))
 
 
 def loss_of(model):

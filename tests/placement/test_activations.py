@@ -14,7 +14,7 @@ from llmac.placement.activations import (
 from llmac.placement.skeletons import Skeleton, policy_skeleton
 
 from .making import folder_of
-from .measuring import peak_bytes, saved_bytes
+from .measuring import looking_bytes, peak_bytes, saved_bytes
 
 SMALL = {}
 WIDE = {
@@ -65,25 +65,43 @@ def test_a_forward_pass_saves_what_the_formula_says(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize(
+    ("precision", "cached"),
+    [("float32", True), ("bfloat16", True), ("autocast", True), ("autocast", False)],
+)
 @pytest.mark.parametrize("sizes", [SMALL, WIDE], ids=str)
-def test_the_peak_of_a_pass_is_near_the_estimate(tmp_path, built, sizes, precision, checkpointing):
+def test_the_peak_of_a_pass_is_near_the_estimate(
+    tmp_path, built, sizes, precision, cached, checkpointing
+):
     model, skeleton = case(tmp_path, built, "qwen2", sizes, precision, checkpointing)
     settings = {"gradient_checkpointing": checkpointing}
     tokens = 4 * 160
     estimate = max(
-        kept_bytes(skeleton, tokens, precision, **settings) + cast_bytes(skeleton, precision),
+        kept_bytes(skeleton, tokens, precision, **settings)
+        + cast_bytes(skeleton, precision, cached=cached),
         backward_bytes(skeleton, tokens, precision, **settings)
         + backward_cast_bytes(skeleton, precision, **settings),
     )
-    assert PEAK[0] <= peak_bytes(model, ids(4, 160), precision) / estimate <= PEAK[1]
+    measured = peak_bytes(model, ids(4, 160), precision, cached)
+    assert PEAK[0] <= measured / estimate <= PEAK[1]
 
 
-def test_autocast_holds_copies_of_all_trainable_matrices_until_the_pass_is_over(tmp_path, built):
+def test_with_its_cache_autocast_holds_copies_of_all_trainable_matrices(tmp_path, built):
     model, skeleton = case(tmp_path, built, "qwen2", WIDE, "autocast", checkpointing=True)
     few = ids(1, 8)  # so few tokens that weights outweigh activations
-    copies = cast_bytes(skeleton, "autocast") - 2 * 101 * 192  # without the head
+    copies = cast_bytes(skeleton, "autocast", cached=True) - 2 * 101 * 192  # without the head
     assert 1.0 <= peak_bytes(model, few, "autocast") / copies <= 1.25
+    assert 1.0 <= looking_bytes(model, few, "autocast", cached=True) / copies <= 1.05
+
+
+def test_without_its_cache_autocast_holds_the_copy_of_one_matrix(tmp_path, built):
+    model, skeleton = case(tmp_path, built, "qwen2", WIDE, "autocast", checkpointing=True)
+    copies = cast_bytes(skeleton, "autocast", cached=True) - 2 * 101 * 192  # without the head
+    copy = cast_bytes(skeleton, "autocast", cached=False)
+    assert copy == 2 * 192 * 1120
+    many, one = (looking_bytes(model, ids(1, 8), "autocast", cached) for cached in (True, False))
+    # The rest of the pass is the same.
+    assert 0.99 <= (many - one) / (copies - copy) <= 1.01
 
 
 def test_bytes_of_a_tiny_layer_by_hand():

@@ -183,11 +183,12 @@ SHAPE = Skeleton(
     vocabulary=10,
     context=64,
 )
+ON_ONE_GIB = {"gpu_memory": GIB, "share": 0.3, "longest": 64}
 
 
 def test_vllms_cache_is_what_its_fraction_leaves(recipe_of):
     recipe = recipe_of("grpo", "rollout.engine=vllm", "rollout.enforce_eager=true")
-    found = vllm_sampler(SHAPE, recipe.model, recipe.rollout, gpu_memory=GIB)
+    found = vllm_sampler(SHAPE, recipe.model, recipe.rollout, **ON_ONE_GIB)
     # One pass of 8192 tokens: 4 bytes · (3 · 32 + 4 · 8) = 512 each; 256 rows of 10 logits of 4 + 8 bytes.
     workspace = 8192 * 512 + 256 * 10 * 12
     assert found.awake["sampler workspace"] == workspace
@@ -204,7 +205,7 @@ def test_tensor_parallelism_divides_weights_and_cache_but_not_a_single_key_head(
             "rollout.kv_cache_mb=1",
             f"rollout.tensor_parallel_size={span}",
         )
-        return vllm_sampler(SHAPE, recipe.model, recipe.rollout, gpu_memory=GIB).cache_tokens
+        return vllm_sampler(SHAPE, recipe.model, recipe.rollout, **ON_ONE_GIB).cache_tokens
 
     # Two key heads: on two GPUs each holds one, on four GPUs too.
     assert tokens_and_cache(2) == 2 * tokens_and_cache(1)
@@ -337,6 +338,58 @@ def test_a_cache_below_the_models_context_names_max_model_len(large_recipe):
         "sampler: the cache holds 2730 tokens, and one response may have 4096",
     )
     assert ways_out(recipe, on())[0].changes == ("rollout.max_model_len=544",)
+
+
+def longest(recipe, **known):
+    return plan(recipe, on(), **known).sampler.longest
+
+
+def test_vllms_context_is_the_longest_request_that_is_known(large_recipe):
+    vllm = ["rollout.engine=vllm", "data.max_prompt_tokens=100"]
+    assert longest(large_recipe("grpo", *vllm)) == 100 + 32
+    assert longest(large_recipe("grpo", *vllm), prompt_tokens=70) == 70 + 32
+    assert longest(large_recipe("grpo", *vllm, "rollout.max_model_len=900")) == 900
+    assert longest(large_recipe("grpo", *vllm, "rollout.max_new_tokens=8000")) == 4096
+    assert longest(large_recipe("grpo", vllm[0])) == 4096  # nobody says how long prompts are
+
+
+def test_vllms_context_holds_the_requests_of_evaluation(large_recipe):
+    vllm = ["rollout.engine=vllm", "data.max_prompt_tokens=100"]
+    held_out = "evaluation={data: {name: rows.jsonl, prompt: '{question}'}, max_new_tokens: 50}"
+    assert longest(large_recipe("grpo", *vllm, held_out)) == 100 + 50
+    assert (
+        longest(large_recipe("grpo", *vllm, held_out, "evaluation.data.max_prompt_tokens=300"))
+        == 300 + 50
+    )
+
+
+def test_a_server_started_elsewhere_sees_no_prompts(large_recipe):
+    server = ["rollout.engine=vllm_server", "data.max_prompt_tokens=100"]
+    assert longest(large_recipe("grpo", *server)) == 100 + 32
+    assert longest(large_recipe("grpo", *server, "rollout.servers=[http://b:8000]")) == 4096
+
+
+@pytest.mark.parametrize(
+    ("given", "share"), [([], 0.9), (["rollout.gpu_memory_utilization=0.5"], 0.5)]
+)
+def test_a_server_takes_its_gpu_unless_the_recipe_says(large_recipe, given, share):
+    server = plan(large_recipe("grpo", "rollout.engine=vllm_server", *given), on()).phases[-1]
+    parts = ("sampler weights", "KV cache", "sampler workspace")
+    assert sum(server.items[part] for part in parts) == int(share * 80 * GIB)
+
+
+def test_copies_of_weights_are_held_for_a_pass_under_ddp_only(large_recipe):
+    def copies(sharding):
+        # So few tokens that weights outweigh activations.
+        settings = ("model.compute_dtype=bfloat16", "model.gradient_checkpointing=true")
+        recipe = large_recipe("grpo", *settings, "actor.max_tokens_per_microbatch=1")
+        found = plan(recipe, on(sharding=sharding), prompt_tokens=1)
+        return found.phases[2].items.get("bfloat16 copies of weights", 0)
+
+    everything = bare_skeleton(large_recipe().model).matrices * 2
+    assert copies(Sharding.DDP) == everything
+    for sharding in set(Sharding) - {Sharding.DDP}:
+        assert copies(sharding) < everything / 4, sharding
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from llmac.config.schema import ModelConfig
 from llmac.placement.sharding import Sharding, held
 from llmac.placement.skeletons import policy_skeleton
+from llmac.runtime.zero import bucket_sizes
 
 from .making import folder_of
 
@@ -18,12 +19,13 @@ from .making import folder_of
 @pytest.mark.deepspeed
 def test_two_processes_hold_the_planned_shards(tmp_path):
     pytest.importorskip("deepspeed")
-    folder = folder_of(tmp_path / "model", hidden_size=96, vocab_size=1301)
+    folder = folder_of(tmp_path / "model", hidden_size=96, vocab_size=1301, num_hidden_layers=8)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    worker = str(Path(__file__).with_name("shards_worker.py"))
+    worker = ["-m", "tests.placement.shards_worker"]
     result = subprocess.run(
-        [*launcher, "--nproc_per_node", "2", worker, folder],
+        [*launcher, "--nproc_per_node", "2", *worker, folder],
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=200,
@@ -31,16 +33,24 @@ def test_two_processes_hold_the_planned_shards(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     measured = json.loads((Path(folder) / "measured.json").read_text())
+    looking = measured.pop("looking")
     assert len(measured) == 8
     for case, bytes_of in measured.items():
         name, dtype = case.split()
         skeleton = policy_skeleton(ModelConfig(name=folder, dtype=dtype))
         planned = held(skeleton, Sharding(name), 2)
         # Small parameters stay whole at stage 3 between passes as well; here they are counted with the buffers.
-        whole = sum(w.elements * w.item_bytes for w in skeleton.weights if w.elements < 100_000)
+        threshold = bucket_sizes(96)["stage3_param_persistence_threshold"]
+        whole = sum(w.elements * w.item_bytes for w in skeleton.weights if w.elements <= threshold)
         parameters = planned.parameters - (whole if name == "zero3" else 0)
         assert bytes_of == {
             "parameters": parameters,
             "gradients": planned.gradients,
             "optimizer": planned.optimizer,
         }, case
+    # A pass without gradients, of so few tokens that weights are all: what is gathered, and the copy of one matrix.
+    gathered = held(policy_skeleton(ModelConfig(name=folder)), Sharding.FSDP2, 2).buffers
+    copy = 2 * 96 * 176
+    assert 0.85 <= looking["not cached"] / (gathered + copy) <= 1.0
+    # With autocast's cache it would hold all copies, which is why the runtime has it off.
+    assert looking["cached"] / (gathered + copy) > 1.3

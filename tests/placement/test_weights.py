@@ -26,7 +26,7 @@ from .measuring import storage_bytes
 
 SIZES = {
     "layers": 1,
-    "hidden": 8,
+    "hidden": 10,
     "heads": 2,
     "key_heads": 2,
     "head_size": 4,
@@ -146,7 +146,8 @@ SHARE = 25_000 + 26
         (Sharding.DDP, 400_400, 400_400, 2 * 400_400 + 2 * 4),
         (Sharding.ZERO1, 4 * SHARE * 4, 400_400, SHARE * 12 + 2 * 4),
         (Sharding.ZERO2, 4 * SHARE * 4, SHARE * 4, SHARE * 12 + 2 * 4),
-        # Each parameter is cut by itself, 25,000 + 25; the vector is below 100,000 elements and stays whole besides.
+        # Each parameter is cut by itself, 25,000 + 25; the vector has no more than 10 · 10 elements (the threshold for
+        # this width) and stays whole besides.
         (Sharding.ZERO3, 25_025 * 4 + 400, 25_025 * 4, 25_025 * 12 + 2 * 4),
         (Sharding.ZERO3_OFFLOAD, 25_025 * 4 + 400, 0, 0),
         (Sharding.FSDP2, 25_025 * 4, 25_025 * 4, 25_025 * 8 + 2 * 4),
@@ -198,6 +199,22 @@ def test_shards_of_what_does_not_divide_are_those_of_the_fullest_rank():
 def test_gradients_travel_in_buckets_of_their_own_size_between_ddp_processes():
     assert held(PAIR, Sharding.DDP, 1).buffers == 0
     assert held(PAIR, Sharding.DDP, 2).buffers == held(PAIR, Sharding.DDP, 2).gradients
+
+
+def test_deepspeeds_buckets_are_those_the_runtime_asks_for():
+    # A model of width 10 has buckets of the least size, a million gradients; the largest gradient is 100,000.
+    million, matrix, everything = 4 * 1_000_000, 4 * 100_000, 4 * 100_100
+    assert held(PAIR, Sharding.ZERO1, 4).buffers == million
+    assert held(PAIR, Sharding.ZERO2, 4).buffers == million + matrix
+    # The bucket, its contents in the order in which they are scattered, and all weights gathered.
+    at_stage_3 = held(PAIR, Sharding.ZERO3, 4)
+    assert (at_stage_3.buffers, at_stage_3.idle_buffers) == (2 * million + everything, million)
+
+
+def test_a_gradient_too_large_for_the_bucket_is_whole_beside_it():
+    wide = module(weight(3000, 1000))
+    assert held(wide, Sharding.ZERO2, 4).buffers == 4 * (1_000_000 + 3_000_000)
+    assert held(wide, Sharding.ZERO3, 4).buffers == 4 * (1_000_000 + 3_000_000 + 3_000_000)
 
 
 def test_deepspeed_casts_a_float32_head_with_its_bfloat16_trunk():

@@ -1,0 +1,91 @@
+"""The modules of a run: what each costs one GPU, and what its passes leave there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmac.config.schema import Recipe
+from llmac.placement.activations import (
+    Precision,
+    backward_bytes,
+    backward_cast_bytes,
+    cast_bytes,
+    kept_bytes,
+    logits_bytes,
+)
+from llmac.placement.sharding import Held, Sharding, held
+from llmac.placement.skeletons import (
+    Skeleton,
+    bare_skeleton,
+    critic_skeleton,
+    policy_skeleton,
+    reward_skeleton,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Bytes on one GPU."""
+
+    policy_shape: Skeleton
+    critic_shape: Skeleton | None
+    policy: Held
+    critic: Held
+    reference: Held
+    rewards: int
+    policy_moments: tuple[Mapping[str, int], ...]
+    """The end of the forward pass and the begin of the backward pass, each item by its name."""
+    critic_moments: tuple[Mapping[str, int], ...]
+    loaded: int
+    """The largest model, whole, as every rank reads it into main memory."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, sharding: Sharding, ranks: int, tokens: int) -> "Parts":
+        """Those of a recipe.
+
+        Args:
+            recipe: the run.
+            sharding: how training is spread.
+            ranks: GPUs that train.
+            tokens: of the largest micro-batch.
+        """
+        spec = recipe.model
+        policy = policy_skeleton(spec)
+        settings = recipe.critic.settings if recipe.critic else None
+        critic = critic_skeleton(spec, settings) if settings is not None else None
+        reference: Skeleton | None = None
+        if recipe.algorithm.settings.uses_reference and not (spec.lora and not spec.reference):
+            reference = bare_skeleton(spec, spec.reference)
+        rewards = [reward_skeleton(f.model) for f in recipe.reward.functions if f.model is not None]
+        precision: Precision = spec.dtype
+        if spec.dtype == "float32" and spec.compute_dtype:
+            precision = "autocast"
+        cached = sharding is Sharding.DDP  # as llmac.runtime.context enters autocast
+
+        def moments(model: Skeleton) -> tuple[dict[str, int], ...]:
+            sizes = {"gradient_checkpointing": spec.gradient_checkpointing}
+            forward_ends = {
+                "bfloat16 copies of weights": cast_bytes(model, precision, cached=cached),
+                "activations": kept_bytes(model, tokens, precision, **sizes),
+            }
+            backward_begins = {
+                "bfloat16 copies of weights": backward_cast_bytes(model, precision, **sizes),
+                "activations": backward_bytes(model, tokens, precision, **sizes),
+            }
+            return forward_ends, backward_begins
+
+        logits = {"logits": logits_bytes(policy, tokens, spec.logprob_chunk_mb)}
+        # A head on the policy's trunk sees hidden vectors that were computed without gradient.
+        own_trunk = settings is not None and settings.trunk == "own"
+        return cls(
+            policy_shape=policy,
+            critic_shape=critic,
+            policy=held(policy, sharding, ranks),
+            critic=held(critic, sharding, ranks) if critic is not None else Held(),
+            reference=held(reference, sharding, ranks) if reference is not None else Held(),
+            rewards=sum(model.bytes for model in rewards),
+            policy_moments=tuple(moment | logits for moment in moments(policy)),
+            critic_moments=moments(critic) if critic is not None and own_trunk else (),
+            loaded=max(
+                model.bytes for model in (policy, critic, reference, *rewards) if model is not None
+            ),
+        )

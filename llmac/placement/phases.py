@@ -1,0 +1,103 @@
+"""The moments of a step: for each, what is alive on one GPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmac.config.schema import Recipe
+from llmac.placement.parts import Parts
+from llmac.placement.sampling import GIB, Sampler
+from llmac.placement.sharding import Held
+
+CONTEXT = 1 * GIB
+"""CUDA's context and the kernels loaded into it. Assumed."""
+NCCL = GIB // 2
+"""NCCL's communicators and their buffers. Assumed."""
+FRAGMENTATION = 0.05
+"""Of what PyTorch holds, lost between its blocks. Assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One moment of a run."""
+
+    name: str
+    items: Mapping[str, int]
+    """What is alive on the fullest GPU: words -> bytes."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all items."""
+        return sum(self.items.values())
+
+
+def phases_of(
+    recipe: Recipe, parts: Parts, sampler: Sampler, *, several: bool
+) -> tuple[Phase, ...]:
+    """The phases of a step in their order.
+
+    Args:
+        recipe: the run.
+        parts: its modules.
+        sampler: its engine.
+        several: whether more than one GPU trains.
+    """
+    policy, critic = parts.policy, parts.critic
+    engine = recipe.rollout.engine
+    nothing: Mapping[str, int] = {}
+    starting, awake, asleep, loading = (
+        (sampler.starting, sampler.awake, sampler.asleep, sampler.loading)
+        if engine != "vllm_server"
+        else (nothing, nothing, nothing, nothing)
+    )
+    bucket = {"sync bucket": recipe.rollout.sync_bucket_mb << 20}
+    trained = {
+        "policy parameters": policy.parameters,
+        "critic parameters": critic.parameters,
+        "reference parameters": parts.reference.parameters,
+        "reward models": parts.rewards,
+        "policy optimizer": policy.optimizer,
+        "critic optimizer": critic.optimizer,
+    }
+    idle = {
+        "policy gradients": policy.idle_gradients,
+        "critic gradients": critic.idle_gradients,
+        "buffers": policy.idle_buffers + critic.idle_buffers,
+    }
+
+    def learning(
+        name: str, one: Held, other: Held, passes: tuple[Mapping[str, int], ...]
+    ) -> dict[str, int]:
+        """The largest of three moments: the two of the pass, and the optimizer's step."""
+        moments = [{**moment, "buffers": one.buffers + other.idle_buffers} for moment in passes]
+        idle_buffers = one.idle_buffers + other.idle_buffers
+        moments.append({"optimizer's step": one.update, "buffers": idle_buffers})
+        largest = max(moments, key=lambda moment: sum(moment.values()))
+        gradients = {f"{name} gradients": one.gradients}
+        return {**trained, **asleep, **idle, **gradients, **largest}
+
+    everything = {
+        # Of a run that continues: a new one has no optimizer yet.
+        "start": {**trained, **idle, **starting, **bucket},
+        "generate": {**trained, **idle, **awake},
+        "learn policy": learning("policy", policy, critic, parts.policy_moments),
+    }
+    if parts.critic_shape is not None:
+        everything["learn critic"] = learning("critic", critic, policy, parts.critic_moments)
+    everything["sync"] = {**trained, **idle, **loading, **bucket}
+    if engine == "vllm_server":
+        everything["server"] = {**sampler.awake, **bucket}
+    own_pool = {*sampler.awake, *sampler.asleep} if engine != "hf" else set[str]()
+    return tuple(
+        Phase(name=name, items=_with_rest(items, own_pool, several))
+        for name, items in everything.items()
+    )
+
+
+def _with_rest(items: Mapping[str, int], own_pool: set[str], several: bool) -> dict[str, int]:
+    """With what nobody allocates on purpose; vLLM's budget is not fragmented by the trainer."""
+    held_by_torch = sum(size for word, size in items.items() if word not in own_pool)
+    return {
+        **items,
+        "CUDA and NCCL": CONTEXT + (NCCL if several else 0),
+        "fragmentation": int(FRAGMENTATION * held_by_torch),
+    }
