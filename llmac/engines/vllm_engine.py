@@ -124,6 +124,12 @@ class VLLMEngine:
                 options["distributed_executor_backend"] = "external_launcher"
             shared_name = self._group.exchange(uuid.uuid4().hex)[0]
             shared = on_cpu and tensor_parallel_size > 1
+            if shared and torch.get_num_threads() > 1:
+                raise EngineError(
+                    f"rollout.tensor_parallel_size is {tensor_parallel_size} on CPU, where vLLM's kernels hang in "
+                    f"processes of more than one thread; found {torch.get_num_threads()}. Start the job with "
+                    "OMP_NUM_THREADS=1, or set rollout.tensor_parallel_size=1"
+                )
             self._llm = vllm_process.build(options, shared_name=shared_name if shared else None)
             self._max_tokens = self._llm.llm_engine.model_config.max_model_len
             # A proxy, so that `close` frees the engine.
