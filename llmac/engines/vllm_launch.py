@@ -28,6 +28,8 @@ CPU_KV_CACHE_MB = 256
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_END = 10.0
 """A server that is asked to end has so long; then it is killed."""
+SECONDS_TO_TIDY = 2.0
+"""What it leaves behind has so long to tidy up."""
 LAST_LINES = 15
 ERROR = re.compile(
     r"^(?:\(\w+ pid=\d+\) )?(?:ERROR [^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception): .*)",
@@ -291,8 +293,7 @@ class ServerProcess:
         guard, self._guard = self._guard, None
         if guard is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(guard.pid, signal.SIGKILL)
+        _signal(guard.pid, signal.SIGKILL)
         assert guard.stdin is not None
         assert self._server is not None
         guard.stdin.close()
@@ -301,10 +302,17 @@ class ServerProcess:
 
     def close(self) -> None:
         """Let it end in order, and kill what is left. Safe to call twice."""
-        if self._server is not None and self.alive:
+        if self._server is not None and self._guard is not None:
             self._server.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._server.wait(SECONDS_TO_END)
+            # All but Python's resource trackers end at this; those remove what would stay in /dev/shm for good.
+            _signal(self._guard.pid, signal.SIGTERM)
+            deadline = time.monotonic() + SECONDS_TO_TIDY
+            while time.monotonic() < deadline:
+                if self._guard.poll() is not None and not _signal(self._guard.pid, 0):
+                    break
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         self.kill()
 
     def _healthy(self) -> bool:
@@ -339,3 +347,12 @@ class ServerProcess:
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode("utf-8", errors="replace")
+
+
+def _signal(group: int, number: int) -> bool:
+    """Send a signal to a process group; whether there is anybody in it."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
