@@ -138,7 +138,9 @@ class Actor:
             action_mask=torch.ones((1, width), dtype=torch.bool),
             lengths=torch.tensor([width]),
         ).to(self._runtime.device)
-        [logprobs] = self._learner.look(lambda m, r: m(r, temperature=1.0)[0], [rows])
+        [logprobs] = self._learner.look(
+            lambda m, r: m(r, temperature=1.0)[0], [rows], beside_engine=True
+        )
         return logprobs[0].tolist()
 
     def perturbed(self) -> AbstractContextManager[None]:

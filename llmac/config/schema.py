@@ -208,9 +208,9 @@ class RolloutConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """vLLM's weights; auto: model.compute_dtype, else model.dtype."""
     max_model_len: Count | None = None
-    """vLLM's context, prompt and response, tokens; null: the model's."""
+    """vLLM's context, tokens; null: the longest prompt and response of the run (`llmac serve`: the model's)."""
     gpu_memory_utilization: Fraction = 0.3
-    """Fraction of the GPU that vLLM may take, weights and cache; the trainer needs the rest."""
+    """Fraction of the GPU that vLLM may take, weights and cache; the trainer needs the rest. Servers: 0.9 unless given."""
     kv_cache_mb: Count | None = None
     """vLLM's cache in megabytes, instead of what gpu_memory_utilization leaves."""
     enforce_eager: bool = False

@@ -24,7 +24,7 @@ PROBE_TOKENS = 16
 TOLERANCE = 1e-3
 """Mean |log μ - log π| allowed when engine and reference compute in float32; what is measured there is below 1e-5."""
 LOW_PRECISION_TOLERANCE = 0.05
-"""The same when one of them computes in bfloat16 or float16. A guess: not yet measured on a GPU."""
+"""The same when one of them computes in bfloat16 or float16. On CPU 0.022 was measured; on a GPU nothing yet."""
 
 
 def sampler_difference(

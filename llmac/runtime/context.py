@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmac.errors import ConfigError
 from llmac.runtime.fully_sharded import FullShard
+from llmac.runtime.interfaces import interface_towards
 from llmac.runtime.trained import OptimizerOf, Replicated, Trained
 from llmac.runtime.zero import Zero
 
@@ -104,6 +105,10 @@ class Runtime:
         if output is not None:
             project = ProjectConfiguration(str(output), logging_dir=str(Path(output) / "trackers"))
         ours = launched and not distributed.is_initialized()
+        if ours and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < int(os.environ["WORLD_SIZE"]):
+            interface = interface_towards(os.environ.get("MASTER_ADDR", ""))
+            if interface is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         with _plain_accelerate():
             accelerator = Accelerator(
                 cpu=on_cpu,

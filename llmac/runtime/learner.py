@@ -111,14 +111,24 @@ class Learner:
 
     @torch.no_grad()
     def look(
-        self, forward: Callable[[nn.Module, Rows], Seen], micro_batches: Sequence[Rows]
+        self,
+        forward: Callable[[nn.Module, Rows], Seen],
+        micro_batches: Sequence[Rows],
+        *,
+        beside_engine: bool = False,
     ) -> list[Seen]:
         """Run `forward` on the module for each micro-batch, without gradients.
 
         Every rank calls this with at least one micro-batch; where passes are collective, a rank that has fewer repeats
         its first one for the others' sake.
+
+        Args:
+            forward: called with the module and a micro-batch.
+            micro_batches: this rank's.
+            beside_engine: let a colocated engine stay awake: for a row or two, asked between an update and sampling.
         """
-        self._before_learning()
+        if not beside_engine:
+            self._before_learning()
         # First of all: a forward pass may contain collectives of its own.
         extra = self._runtime.passes(len(micro_batches)) - len(micro_batches)
         seen = [forward(self.trained.looking, rows) for rows in micro_batches]

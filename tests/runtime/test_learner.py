@@ -134,3 +134,21 @@ def test_weight_decay_spares_biases(runtime):
         for g in learner._optimizer_of(learner.trained.inner).param_groups
     }
     assert decays == {(1, 2): 0.5, (1,): 0.0}
+
+
+def test_the_engine_sleeps_while_the_policy_looks_and_learns_but_not_for_a_probe(runtime):
+    """After an update, an engine that discards its weights when it sleeps must not be put to sleep before it samples."""
+    naps = []
+    learner = Learner(
+        nn.Linear(2, 1),
+        Optimization(lr=0.1),
+        runtime,
+        name="actor",
+        total_steps=10,
+        before_learning=lambda: naps.append("sleep"),
+    )
+    assert len(learner.look(lambda module, x: module(x), [X, X], beside_engine=True)) == 2
+    assert naps == []
+    learner.look(lambda module, x: module(x), [X])
+    learner.update(parts(3), squared_error, torch.tensor(3.0))
+    assert naps == ["sleep", "sleep"]

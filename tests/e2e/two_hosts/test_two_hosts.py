@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tests.e2e.two_hosts.namespaces import INTERFACE, two_hosts
+from tests.e2e.two_hosts.namespaces import two_hosts
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {
@@ -223,7 +223,7 @@ def final_weights(output):
     return load_file(output / "final/model.safetensors")
 
 
-def slurm(script, nodes, recipe, folder, variables, *overrides):
+def slurm(script, nodes, recipe, folder, *overrides, variables=None):
     """Run a script of recipes/slurm with `srun` and `scontrol` played; its exit code and what it printed."""
     enters = {name: host.command([], folder=ROOT) for name, host in nodes.items()}
     played = {
@@ -248,7 +248,7 @@ def slurm(script, nodes, recipe, folder, variables, *overrides):
                 "SLURM_NNODES": str(len(nodes)),
                 "SLURM_JOB_NODELIST": "host-[a-b]",
                 "SLURM_JOB_ID": "1",
-                **variables,
+                **(variables or {}),
             },
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -275,12 +275,11 @@ def test_two_hosts_train_like_two_processes_of_one(
 @pytest.mark.deepspeed
 @needs("deepspeed")
 def test_the_slurm_script_trains_under_zero3_on_two_hosts(one_host, recipe, read_metrics, tmp_path):
-    """The hosts take their own names for their loopback, so gloo must be told which interface to use."""
+    """The hosts take their own names for their loopback: gloo must find the interface that leads to the other."""
     with two_hosts(tmp_path, by_name=False) as hosts:
-        variables = {"GLOO_SOCKET_IFNAME": INTERFACE}
         # Not the names: the second host would look for the first one where each looks for itself.
         code, printed = slurm(
-            "train.sbatch", {host.address: host for host in hosts}, recipe, tmp_path, variables
+            "train.sbatch", {host.address: host for host in hosts}, recipe, tmp_path
         )
         assert code == 0, printed
         check_ranks(hosts, notes=recipe.parent)
@@ -308,8 +307,8 @@ def test_a_trainer_on_one_host_feeds_a_vllm_server_on_the_other(
         {host.name: host for host in hosts},
         recipe,
         tmp_path,
-        {"SLURM_GPUS_ON_NODE": "2", "SERVER_NODES": "1"},
         *overrides,
+        variables={"SLURM_GPUS_ON_NODE": "2", "SERVER_NODES": "1"},
     )
     assert code == 0, printed
     lines = read_metrics(tmp_path / "run")
