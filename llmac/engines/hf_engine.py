@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llmac.core.protocols import Completion, Request, SamplingParams
 from llmac.engines.attention import use_grouped_attention
+from llmac.engines.checkpoint_form import check_restorable, parts, restored
 from llmac.engines.cpu_linear import use_onednn_linear
 from llmac.engines.manifest import Manifest
 from llmac.engines.requests import check_requests, end_tokens, request_seeds
@@ -75,7 +76,9 @@ class HFEngine:
         text_config = model.config.get_text_config()
         # Recurrent models have no limit.
         self._max_tokens = getattr(text_config, "max_position_embeddings", None)
-        self._manifest = Manifest.of(model)
+        self._parts = parts(model)
+        check_restorable(model, self._parts)
+        self._manifest = Manifest.of(model, self._parts)
         self._version = 0
         use_onednn_linear(model)
         self._in_step = self._prepare_decoding_in_step()
@@ -112,17 +115,18 @@ class HFEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace all weights by the stream and take `version`; if anything is wrong with it, none is replaced.
 
-        Needs room for a second copy of the weights until it returns.
+        Needs room for a second copy of the weights until it returns, and for mixtures of experts for two more of one
+        layer's experts.
+
+        Args:
+            weights: in the naming of the model's checkpoints, as `runtime.weights.full_weights` gives them.
+            version: of the policy they are.
 
         Raises:
             EngineError: names are missing, unknown or double, or a shape differs. The old weights stay.
         """
-        targets: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        targets.update((name, self._model.get_buffer(name)) for name in self._manifest.optional)
-        arrived = [
-            (targets[name], tensor.detach().to(targets[name], copy=True))
-            for name, tensor in self._manifest.checked(weights)
-        ]
+        checked = self._manifest.checked(weights)
+        arrived = list(restored(self._model, self._parts, checked))
         for target, tensor in arrived:
             target.data = tensor
         self._version = version

@@ -1,11 +1,12 @@
 """What a complete set of weights looks like: names, shapes, and which names are one tensor."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from llmac.engines.checkpoint_form import Part, parts
 from llmac.errors import EngineError
 
 NAMED_AT_MOST = 8
@@ -16,24 +17,35 @@ class Manifest:
     """The weights an engine needs, and the names they go by."""
 
     shapes: dict[str, torch.Size]
-    """Shape of every parameter and saved buffer, under every name it has."""
+    """Shape of every tensor a checkpoint of the model may have, under every name it has."""
     aliases: tuple[frozenset[str], ...]
     """Names that are one tensor (tied embeddings), each name in exactly one set. One of them must arrive."""
     optional: frozenset[str]
-    """Saved buffers: welcome, but a stream of parameters is complete without them."""
+    """Saved buffers, and what checkpoints do without: welcome, but a stream is complete without them."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Manifest":
-        """The manifest of a module; tied parameters are told by identity, so a module on the meta device will do."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        same: dict[int, set[str]] = {}
-        for name, parameter in parameters.items():
-            same.setdefault(id(parameter), set()).add(name)
-        state = model.state_dict()
+    def of(cls, model: nn.Module, found: Sequence[Part] | None = None) -> "Manifest":
+        """The manifest of a module, in the naming of its checkpoints; a module on the meta device will do.
+
+        Args:
+            model: tied parameters are told by identity.
+            found: its `parts`, by whoever has them already.
+
+        >>> Manifest.of(nn.Linear(2, 1)).shapes
+        {'weight': torch.Size([1, 2]), 'bias': torch.Size([1])}
+        """
+        found = parts(model) if found is None else found
+        required = [names for part in found if part.required for names in part.names]
+        shapes = {
+            name: shape
+            for part in found
+            for names, shape in zip(part.names, part.shapes, strict=True)
+            for name in sorted(names)
+        }
         return cls(
-            shapes={name: tensor.shape for name, tensor in state.items()},
-            aliases=tuple(frozenset(names) for names in same.values()),
-            optional=frozenset(state.keys() - parameters.keys()),
+            shapes=shapes,
+            aliases=tuple(required),
+            optional=frozenset(shapes.keys() - frozenset[str]().union(*required)),
         )
 
     def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -51,7 +63,7 @@ class Manifest:
         for name, tensor in weights:
             if name not in self.shapes:
                 raise EngineError(
-                    f"the stream of weights has {name}, which this model lacks; expected names such as "
+                    f"the stream of weights has {name}, which checkpoints of this model lack; expected names such as "
                     f"{_some(self.shapes)}. The engine's model and the trained one must be the same checkpoint, with "
                     "adapters merged"
                 )
