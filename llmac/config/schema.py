@@ -210,7 +210,7 @@ class RolloutConfig(Section):
     max_model_len: Count | None = None
     """vLLM's context, tokens; null: the longest prompt and response of the run (`llmac serve`: the model's)."""
     gpu_memory_utilization: Fraction = 0.3
-    """Fraction of the GPU that vLLM may take, weights and cache; the trainer needs the rest. Servers: 0.9 unless given."""
+    """Fraction of the GPU that vLLM may take, weights and cache; the trainer has the rest. Servers take 0.9."""
     kv_cache_mb: Count | None = None
     """vLLM's cache in megabytes, instead of what gpu_memory_utilization leaves."""
     enforce_eager: bool = False
@@ -227,8 +227,7 @@ class RolloutConfig(Section):
     server_count: Count = 1
     """vLLM servers to start on this machine when `servers` is empty."""
     weight_transport: Literal["auto", "shm", "tcp", "nccl"] = "auto"
-    """How weights reach a server: shared memory, a socket, or NCCL; auto: nccl between GPUs, shm on one machine, else
-    tcp."""
+    """How weights reach a server: shared memory, a socket, or NCCL; auto: shm on one machine, else tcp."""
     request_timeout_seconds: Positive = 600.0
     """Longest wait for one response of a server; then it counts as dead and its requests go elsewhere."""
     max_num_seqs: Count = 256

@@ -51,7 +51,7 @@ def read(reader, bucket):
     return [(name, tensor.clone()) for name, tensor in unpacked(memory, *fields)]
 
 
-def same(received, sent):
+def check_same(received, sent):
     assert [name for name, _ in received] == [name for name, _ in sent]
     for (_, mine), (name, theirs) in zip(received, sent, strict=True):
         assert mine.dtype == theirs.dtype, name
@@ -66,7 +66,7 @@ def test_what_is_read_is_what_was_sent_update_after_update(pair):
         for bucket in sender.buckets(weights(update)):
             buckets.append(bucket)
             received += read(reader, bucket)
-        same(received, weights(update))
+        check_same(received, weights(update))
         assert [bucket["number"] for bucket in buckets] == list(range(len(buckets)))
         assert [bucket["last"] for bucket in buckets] == [False] * (len(buckets) - 1) + [True]
         assert {bucket["update"] for bucket in buckets} == {update + 1}
@@ -81,7 +81,7 @@ def test_a_bucket_can_be_read_until_the_next_but_one_is_asked_for(pair):
         if before is not None:
             received += read(reader, before)
         before = bucket
-    same(received + read(reader, before), sent)
+    check_same(received + read(reader, before), sent)
 
 
 def test_buckets_keep_their_size_unless_one_tensor_is_larger(pair):
@@ -96,7 +96,7 @@ def test_a_bucket_that_outgrows_its_memory_is_read_from_the_new_one(pair):
     for count in (100, 900, 100, 2000):
         sent = [("a", torch.full((count,), float(count)))]
         (bucket,) = sender.buckets(sent)
-        same(read(reader, bucket), sent)
+        check_same(read(reader, bucket), sent)
 
 
 def test_the_stream_is_asked_for_a_tensor_only_when_the_one_before_was_copied(pair):
@@ -108,7 +108,7 @@ def test_the_stream_is_asked_for_a_tensor_only_when_the_one_before_was_copied(pa
             yield str(place), buffer.fill_(place)
 
     received = [pair for bucket in sender.buckets(one_buffer()) for pair in read(reader, bucket)]
-    same(received, [(str(place), torch.full((50,), float(place))) for place in range(12)])
+    check_same(received, [(str(place), torch.full((50,), float(place))) for place in range(12)])
 
 
 def test_an_update_given_up_in_the_middle_does_not_disturb_the_next(pair):
@@ -117,14 +117,14 @@ def test_an_update_given_up_in_the_middle_does_not_disturb_the_next(pair):
     next(given_up)
     given_up.close()
     received = [pair for bucket in sender.buckets(weights(2)) for pair in read(reader, bucket)]
-    same(received, weights(2))
+    check_same(received, weights(2))
 
 
 def test_several_readers_read_the_same_bucket(pair):
     sender, reader = pair
     other = type(reader)(sender.init_info()["introduction"])
     for bucket in sender.buckets(weights()):
-        same(read(other, bucket), read(reader, bucket))
+        check_same(read(other, bucket), read(reader, bucket))
     other.close()
 
 
@@ -133,7 +133,9 @@ def test_a_reader_that_starts_later_gets_the_next_update(pair):
     for bucket in sender.buckets(weights(1)):
         read(reader, bucket)
     late = type(reader)(sender.init_info()["introduction"])
-    same([pair for bucket in sender.buckets(weights(2)) for pair in read(late, bucket)], weights(2))
+    check_same(
+        [pair for bucket in sender.buckets(weights(2)) for pair in read(late, bucket)], weights(2)
+    )
     late.close()
 
 
@@ -290,7 +292,7 @@ def test_an_address_of_another_machine_cannot_be_offered():
 
 def test_neither_half_of_the_transport_needs_vllm():
     code = "import sys; import llmac.engines.weight_sender, llmac.engines.vllm_launch; assert 'vllm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 class _Listener:
