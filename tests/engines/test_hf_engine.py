@@ -117,6 +117,14 @@ def test_an_error_in_the_stream_changes_nothing(engine, make_model, prompts):
     assert engine.generate(ask(prompts, max_new_tokens=8, seed=0)) == before
 
 
+def test_an_update_holds_one_copy_of_each_weight(engine, make_model):
+    new = make_model(seed=1)
+    engine.load_weights(new.named_parameters(), version=1)
+    for name, parameter in engine._model.named_parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+        assert parameter.data_ptr() != new.get_parameter(name).data_ptr(), name
+
+
 def test_both_names_of_a_tied_weight_are_accepted(engine, make_model):
     engine.load_weights(make_model(seed=1).state_dict().items(), version=1)
     assert engine.policy_version == 1

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from llmac.engines.manifest import Manifest
 from llmac.errors import EngineError
@@ -34,3 +35,22 @@ def test_a_shard_is_told_from_a_gathered_weight(make_model):
     model = make_model()
     with pytest.raises(EngineError, match=r"shape \(0,\).*gathered"):
         list(Manifest.of(model).checked([("model.norm.weight", torch.zeros(0))]))
+
+
+def test_buffers_are_welcome_and_may_be_missing():
+    model = nn.Linear(2, 1)
+    model.register_buffer("steps", torch.zeros(3))
+    manifest, weights = Manifest.of(model), list(model.named_parameters())
+    assert manifest.optional == {"steps"}
+    assert [name for name, _ in manifest.checked(weights)] == ["weight", "bias"]
+    assert len(list(manifest.checked(model.state_dict().items()))) == 3
+    with pytest.raises(EngineError, match="weight steps arrived with shape"):
+        list(manifest.checked([*weights, ("steps", torch.zeros(4))]))
+
+
+def test_what_checkpoints_do_without_may_be_missing(make_model):
+    model = make_model(tied=False)
+    model._keys_to_ignore_on_save = ["lm_head.weight"]
+    stream = [(name, x) for name, x in model.state_dict().items() if name != "lm_head.weight"]
+    assert Manifest.of(model).optional == {"lm_head.weight"}
+    assert len(list(Manifest.of(model).checked(stream))) == len(stream)
