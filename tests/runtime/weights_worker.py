@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from llmac.runtime.weights import full_weights
+from tests.runtime.live_bytes import LiveBytes
 
 SMALL: dict[str, Any] = {
     "vocab_size": 33,  # odd, so that ranks have unequal shares
