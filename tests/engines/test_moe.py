@@ -111,6 +111,22 @@ def test_every_weight_arrives_bit_for_bit(kind, tokenizer):
 
 
 @both
+def test_models_from_a_checkpoint_agree_with_made_ones(kind, tokenizer, tmp_path):
+    # transformers remembers how it loaded a model, and goes by rules of its own for one it did not load.
+    make(kind).save_pretrained(tmp_path)
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer)
+    assert engine._manifest == Manifest.of(make(kind))
+    for seed in (1, 2):
+        new = make(kind, seed=seed)
+        new.save_pretrained(tmp_path / str(seed))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(seed))
+        for model in (new, loaded):
+            engine.load_weights(full_weights(model), version=seed)
+            for name, weight in new.state_dict().items():
+                assert torch.equal(engine._model.state_dict()[name], weight), name
+
+
+@both
 def test_small_buckets_that_are_overwritten_do_no_harm(kind, tokenizer):
     # What a stream has yielded is another weight's memory as soon as the next bucket is gathered.
     def overwritten():
