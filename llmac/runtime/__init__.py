@@ -4,6 +4,8 @@ The only package that may import accelerate or DeepSpeed; nothing above it knows
 there are, beyond `Runtime.sum` and its siblings. May import `core`, `errors`, torch, peft.
 
 Read `context.py` first (what a rank is and how ranks talk), then `learner.py` (how a gradient is
-made), `checkpoint.py` (what survives a kill), `phases.py` (what is timed and watched), `weights.py`
-(LoRA merged on the way to an engine). To add a way to distribute: `context.py` alone.
+made), `trained.py` (how a module is spread: whole; `zero.py` and `fully_sharded.py` in shards),
+`weights.py` (how weights leave for an engine), `checkpoint.py` (what survives a kill), `phases.py`
+and `liveness.py` (what is watched). To add a way to distribute: a `Trained` of your own, and a
+branch in `context.py`.
 """

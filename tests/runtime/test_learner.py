@@ -137,7 +137,7 @@ def test_weight_decay_spares_biases(runtime):
 
 
 def test_the_engine_sleeps_while_the_policy_looks_and_learns_but_not_for_a_probe(runtime):
-    """After an update, an engine that discards its weights when it sleeps must not be put to sleep before it samples."""
+    """An engine that discards its weights when it sleeps must sample between an update and its next sleep."""
     naps = []
     learner = Learner(
         nn.Linear(2, 1),
