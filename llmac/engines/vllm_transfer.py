@@ -152,6 +152,7 @@ class WeightReceiver(WeightTransferEngine[Introduction, Bucket]):
             # Layers would go on counting what arrived in the update that broke off.
             finalize_layerwise_reload(self.model, self.model_config)
         self._half_loaded = True
+        vllm_weights._pack_experts_anew(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Bucket) -> None:

@@ -231,11 +231,6 @@ def test_an_architecture_that_cannot_be_put_together_is_refused(kind):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 # vLLM and what it imports use names their own dependencies have deprecated.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.xfail(
-    not torch.cuda.is_available(),
-    raises=AssertionError,
-    reason="vLLM 0.32 packs experts on CPU when it loads them, but not when it reloads them",
-)
 @both
 def test_vllm_takes_an_update_of_experts(kind, tokenizer, prompts, greedy, tmp_path):
     make(kind).save_pretrained(tmp_path)
