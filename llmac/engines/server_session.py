@@ -1,6 +1,7 @@
 """One update of the weights of several servers at once, as the rank that feeds them sees it.
 
-    pause, label `incomplete` -> start -> bucket, bucket, ... -> finish under a label -> empty prefix cache -> resume
+    pause, label `incomplete` -> end what broke off -> start -> bucket, bucket, ... -> finish under a label
+        -> empty prefix cache -> resume
 
 A server on which a step fails stays paused and labelled `incomplete`: it may hold half of an update, and what somebody
 makes it sample all the same is recognised by its label.
@@ -16,7 +17,7 @@ import httpx
 from torch import Tensor
 
 from llmac.engines.server_protocol import decoded, message_of, tls
-from llmac.engines.weight_sender import ABORT
+from llmac.engines.weight_sender import BREAK_OFF
 
 CONNECT_SECONDS = 10.0
 INCOMPLETE = "incomplete"
@@ -113,13 +114,9 @@ class WeightSession:
     def _open(self, url: str) -> None:
         self._post(url, "/pause?mode=abort")
         self._post(url, "/update_weight_version", {"new_version": INCOMPLETE})
-        try:
-            self._post(url, "/start_weight_update")
-        except SessionError:
-            # An earlier update broke off there and is still open.
-            with contextlib.suppress(SessionError):
-                self._update(url, ABORT)
-            self._post(url, "/start_weight_update")
+        # Always: a start that is refused, because an update broke off, costs a server of several workers a restart.
+        self._post(url, "/collective_rpc", {"method": BREAK_OFF})
+        self._post(url, "/start_weight_update")
 
     def _update(self, url: str, bucket: Mapping[str, Any]) -> None:
         self._post(url, "/update_weights", {"update_info": bucket})

@@ -5,7 +5,7 @@ The other half, in the servers, is `vllm_transfer.py`; how bytes get across is i
 """
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -20,8 +20,6 @@ ALIGNMENT = 64
 """Bytes; every tensor begins at a multiple, so that any dtype may be read in place."""
 BREAK_OFF = "break_off_weight_update"
 """Method of a server's workers that ends an update which broke off in the middle, for `/collective_rpc`."""
-ABORT: Mapping[str, Any] = {"abort": True}
-"""An `update_info` that no server accepts: it ends an update too, but costs a server of several workers a restart."""
 
 
 class WeightSender:

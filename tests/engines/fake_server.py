@@ -136,6 +136,7 @@ class FakeServer:
             "/init_weight_transfer_engine": lambda: {},
             "/pause": lambda: self._pause(True),
             "/resume": lambda: self._pause(False),
+            "/collective_rpc": lambda: self._call(body["method"]),
             "/start_weight_update": self._start_update,
             "/update_weights": lambda: self._update(body["update_info"]),
             "/update_weight_version": lambda: self._label(body["new_version"]),
@@ -154,6 +155,11 @@ class FakeServer:
         self.paused = paused
         return {}
 
+    def _call(self, method):
+        assert method == "break_off_weight_update"
+        self.session = None
+        return {"results": [None]}
+
     def _start_update(self):
         if self.session is not None:
             raise RuntimeError("a weight update is already active")
@@ -167,9 +173,6 @@ class FakeServer:
     def _update(self, bucket):
         if self.session is None:
             raise RuntimeError("no weight update is active")
-        if "abort" in bucket:
-            self.session = None
-            raise RuntimeError("aborted")
         self.session.update(bucket)
         return {}
 
