@@ -130,6 +130,7 @@ class _Asking:
         self._tokens = {server.url: 0 for server in servers}
         self._changed = asyncio.Condition()
         self._looks: dict[str, asyncio.Task[None]] = {}
+        self._lost: set[str] = set()
         self._finishing = False
 
     async def answer(self, job: Job[T]) -> T | None:
@@ -202,6 +203,7 @@ class _Asking:
 
     def _lose(self, server: Server, why: str) -> None:
         server.living, server.why = False, why
+        self._lost.add(server.url)
         logger.warning("%s is left out until the next update: %s", server.url, why)
 
     def _doubt(self, server: Server, why: str) -> None:
@@ -211,14 +213,14 @@ class _Asking:
             self._looks[server.url] = asyncio.create_task(self._look_after(server))
 
     async def _look_after(self, server: Server) -> None:
-        """Let the server live again as soon as it is well, if that is soon enough."""
+        """Let the server live again as soon as it is well, if that is soon enough and it was not lost meanwhile."""
         deadline = time.monotonic() + (0.0 if server.local else self._seconds)
-        while (problem := await self._problem(server)) is not None:
+        while (problem := await self._problem(server)) is not None and server.url not in self._lost:
             if time.monotonic() >= deadline or self._finishing:
                 self._lose(server, f"{server.why}, then {problem}")
                 break
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-        server.living = problem is None
+        server.living = problem is None and server.url not in self._lost
         self._looks.pop(server.url)
         await self._notify()
 

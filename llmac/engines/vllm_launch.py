@@ -294,10 +294,10 @@ class ServerProcess:
         if guard is None:
             return
         _signal(guard.pid, signal.SIGKILL)
-        assert guard.stdin is not None
-        assert self._server is not None
-        guard.stdin.close()
-        self._server.wait()
+        if guard.stdin is not None:
+            guard.stdin.close()
+        if self._server is not None:  # None when not even the first start came so far
+            self._server.wait()
         guard.wait()
 
     def close(self) -> None:

@@ -100,21 +100,21 @@ class VLLMServerEngine:
         urls = [checked_url(server) for server in servers]
         error: LlmacError | None = None
         found: _Found | None = None
-        if ranks.is_main:
-            try:
-                self._fleet = Fleet(
-                    urls,
-                    () if urls else launch(),
-                    sender(),
-                    timeout_seconds=request_timeout_seconds,
-                    start_seconds=start_timeout_seconds,
-                )
-                found = self._start(
-                    self._fleet, model, last_token=config.get_text_config().vocab_size - 1
-                )
-            except LlmacError as failure:
-                error = failure
         with self._closed_if_it_fails():
+            if ranks.is_main:
+                try:
+                    self._fleet = Fleet(
+                        urls,
+                        () if urls else launch(),
+                        sender(),
+                        timeout_seconds=request_timeout_seconds,
+                        start_seconds=start_timeout_seconds,
+                    )
+                    found = self._start(
+                        self._fleet, model, last_token=config.get_text_config().vocab_size - 1
+                    )
+                except LlmacError as failure:
+                    error = failure
             found = told(self._ranks, error, found)[0]
             assert found is not None, "rank 0 raised nothing"
             self._run, self._max_tokens, self._servers = found
@@ -139,7 +139,7 @@ class VLLMServerEngine:
         self._check_open()
         seeds = request_seeds(requests)
         answers: list[list[Completion] | None] = [None] * len(requests)
-        for _ in range(1 + RECOVERIES):
+        for attempt in range(1 + RECOVERIES):
             error = self._ask_for_missing(answers, requests, seeds)
             lost = self._newly_lost()
             complete = [answer for answer in answers if answer is not None]
@@ -151,7 +151,8 @@ class VLLMServerEngine:
                 told(self._ranks, error, None)
             if worst < UNSERVED:
                 return complete
-            self._recover()
+            if attempt < RECOVERIES:
+                self._recover()
         raise EngineError(
             f"all servers died {1 + RECOVERIES} times while sampling one set of responses; {self._obituary()}"
         )

@@ -212,6 +212,19 @@ def test_a_taken_port_is_told_before_anything_starts(process):
     check_port("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("trouble", ["log", "command"])
+def test_a_start_that_fails_half_way_leaves_no_guard(trouble, tmp_path):
+    log = tmp_path if trouble == "log" else tmp_path / "log"  # a folder cannot be written to
+    server = ServerProcess([str(tmp_path / "nowhere")], port=free_port(), log=log)
+    with pytest.raises(OSError, match=str(tmp_path)):
+        server.start()
+    assert server._guard is not None
+    guard = server._guard.pid
+    server.close()
+    assert server._guard is None
+    assert all_gone(guard)
+
+
 def test_a_server_that_was_never_started_is_not_ready(process):
     with pytest.raises(EngineError, match="has not been started"):
         process(HEALTHY).wait_ready(60)

@@ -11,6 +11,7 @@ import torch
 from llmac.core.protocols import Request, RolloutEngine, SamplingParams
 from llmac.core.types import Finish
 from llmac.engines import server_pool
+from llmac.engines.server_session import WeightSession
 from llmac.engines.vllm_server import VLLMServerEngine
 from llmac.errors import ConfigError, EngineError
 from tests.engines.fake_server import FakeProcess, FakeSender, FakeServer
@@ -453,6 +454,27 @@ def test_a_hanging_server_is_lost_after_the_timeout(build, servers):
     assert numbers(engine) == {**NOTHING, "server_failures": 1, "retried_requests": 3}
 
 
+def test_a_server_that_was_lost_for_hanging_is_not_revived_by_a_look(build, servers):
+    """One request hangs; another fails, and the look it causes finds the server well after the first was given up."""
+    engine = build(servers=servers[:2], seconds=1.0)
+    hangs = threading.Event()
+    seconds_until_dropped = [2.0, 0.8]
+
+    def broken(path, body):
+        if path == "/weight_info":
+            hangs.wait(0.6)
+        if path == GENERATE and seconds_until_dropped:
+            hangs.wait(seconds_until_dropped.pop(0))
+            return "drop"
+        return None
+
+    servers[0].broken = broken
+    check_answers(engine.generate(ask(4)), ask(4), version=0)
+    hangs.set()
+    assert [server.living for server in engine._servers] == [False, True]
+    assert numbers(engine)["server_failures"] == 1
+
+
 def test_somebody_elses_server_is_waited_for_when_there_is_no_other(build, servers, weights):
     server = servers[0]
     engine = build(servers=[server], seconds=10.0)
@@ -553,7 +575,8 @@ def test_without_resend_the_death_of_the_only_server_is_an_error(build, processe
 def test_a_server_that_dies_every_time_ends_the_call(build, processes, weights):
     engine = build(processes=processes[:1])
     engine.load_weights(weights, version=1)
-    engine.resend = lambda: iter(weights)
+    streams = []
+    engine.resend = lambda: streams.append(1) or iter(weights)
     server = processes[0].server
 
     def broken(path, body):
@@ -566,6 +589,7 @@ def test_a_server_that_dies_every_time_ends_the_call(build, processes, weights):
     server.broken = broken
     with pytest.raises(EngineError, match="died 4 times"):
         engine.generate(ask(1))
+    assert len(streams) == 3, "after the last time nobody would ask it again"
 
 
 def test_close_ends_local_servers_and_can_be_called_twice(build, processes, weights):
@@ -592,6 +616,7 @@ def test_an_update_is_one_session_on_every_server(build, servers, weights):
         assert server.calls == [
             "/pause?mode=abort",
             "/update_weight_version",
+            "/collective_rpc",
             "/start_weight_update",
             *["/update_weights"] * math.ceil(len(weights) / 8),
             "/finish_weight_update",
@@ -600,6 +625,32 @@ def test_an_update_is_one_session_on_every_server(build, servers, weights):
         ]
         assert server.weights == {name: float(tensor.sum()) for name, tensor in weights}
         assert server.label.startswith("version 5, update 1 of run ")
+
+
+def test_after_an_update_that_broke_off_no_server_has_to_refuse_the_next(servers, weights):
+    """A refusal would cost a server of several workers a restart."""
+    refused = []
+
+    def broken(path, body):
+        if path == "/start_weight_update" and servers[0].session is not None:
+            refused.append(path)
+
+    servers[0].broken = broken
+    session = WeightSession(FakeSender(), timeout_seconds=5.0)
+    session.admit(servers[0].url)
+
+    def breaks_off():
+        yield from weights[:10]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        session.send([servers[0].url], breaks_off(), "half")
+    assert servers[0].session, "the update is still open"
+    assert session.send([servers[0].url], iter(weights), "whole") == {}
+    session.close()
+    assert refused == []
+    assert servers[0].label == "whole"
+    assert servers[0].weights == {name: float(tensor.sum()) for name, tensor in weights}
 
 
 @pytest.mark.parametrize(
@@ -664,6 +715,8 @@ def fails_at(wanted, answer, count=1):
 STEPS = [
     "/pause",
     "/update_weight_version",
+    "/collective_rpc",
+    "/start_weight_update",
     "/update_weights",
     "/finish_weight_update",
     "/reset_prefix_cache",
@@ -903,6 +956,18 @@ def test_a_failed_start_is_told_to_all_ranks_and_leaves_no_process(build, proces
 
 
 # ---- the start
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt, OSError])
+def test_a_start_that_is_broken_off_leaves_no_process(trouble, build, processes):
+    def broken_off():
+        raise trouble
+
+    processes[1].start = broken_off
+    with pytest.raises(trouble):
+        build(processes=processes)
+    assert processes[0].starts == 1
+    assert all(process.closes and process.server._http is None for process in processes)
 
 
 def test_a_server_that_is_not_there_is_named(build, servers):
