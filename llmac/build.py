@@ -89,25 +89,11 @@ def build(
     engine = _engine(
         recipe, tokenizer, runtime, longest=_longest(recipe, runtime, prompts, held_out)
     )
-    compute_dtype = torch.bfloat16 if recipe.model.compute_dtype else None
-    actor, policy = _actor(recipe, algorithm, runtime, pad_id, engine.sleep, compute_dtype)
-    if isinstance(engine, Resendable):
-        engine.resend = actor.weights
-    bench = CriticBench(
-        runtime=runtime,
-        model=recipe.model,
-        policy=policy,
-        policy_states=actor.hidden,
-        engine=engine,
-        score=rewards,
-        pad_id=pad_id,
-        minibatches=recipe.actor.minibatches,
-        max_tokens_per_microbatch=recipe.actor.max_tokens_per_microbatch,
-        steps=recipe.run.steps,
-        compute_dtype=compute_dtype,
-        before_learning=engine.sleep,
-    )
-    critic: Critic | None = recipe.critic.settings.build(bench) if recipe.critic else None
+    try:
+        actor, critic = _learners(recipe, algorithm, runtime, engine, rewards, pad_id)
+    except BaseException:
+        engine.close()  # nobody else knows of it yet, and it may be processes of its own
+        raise
     console = Console(recipe.run.steps) if runtime.is_main else None
     if console is not None:
         show_log_records(console)
@@ -263,6 +249,36 @@ def _held_out(
         every=wanted.every,
         at_start=wanted.at_start,
     )
+
+
+def _learners(
+    recipe: Recipe,
+    algorithm: Algorithm,
+    runtime: Runtime,
+    engine: RolloutEngine,
+    rewards: Rewards,
+    pad_id: int,
+) -> tuple[Actor, Critic | None]:
+    """Who learns, beside an engine that sleeps meanwhile."""
+    compute_dtype = torch.bfloat16 if recipe.model.compute_dtype else None
+    actor, policy = _actor(recipe, algorithm, runtime, pad_id, engine.sleep, compute_dtype)
+    if isinstance(engine, Resendable):
+        engine.resend = actor.weights
+    bench = CriticBench(
+        runtime=runtime,
+        model=recipe.model,
+        policy=policy,
+        policy_states=actor.hidden,
+        engine=engine,
+        score=rewards,
+        pad_id=pad_id,
+        minibatches=recipe.actor.minibatches,
+        max_tokens_per_microbatch=recipe.actor.max_tokens_per_microbatch,
+        steps=recipe.run.steps,
+        compute_dtype=compute_dtype,
+        before_learning=engine.sleep,
+    )
+    return actor, recipe.critic.settings.build(bench) if recipe.critic else None
 
 
 def _actor(

@@ -80,10 +80,11 @@ class ValueHeadConfig(Optimization):
 
     def build(self, bench: CriticBench) -> "ValueHead":
         """The live critic: backbone, head, learner."""
-        if self.trunk == "shared" and not self.detach_trunk and bench.runtime.world_size > 1:
+        alone = bench.runtime.world_size == 1 and not bench.runtime.shards
+        if self.trunk == "shared" and not self.detach_trunk and not alone:
             raise ConfigError(
-                "critic.detach_trunk: false with critic.trunk: shared works in one process only, because two "
-                "gradient synchronizations would own the same weights; set detach_trunk: true or trunk: own"
+                "critic.detach_trunk: false with critic.trunk: shared works in one process without DeepSpeed only, "
+                "because two optimizers would own the same weights; set detach_trunk: true or trunk: own"
             )
         with bench.runtime.loading(torch_dtype(bench.model)):
             model, fresh_head = self._model(bench)

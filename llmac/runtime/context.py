@@ -220,13 +220,13 @@ class Runtime:
         if isinstance(self._sharding, Zero):
             return self._sharding.train(module, optimizer_of, max_norm=max_norm)
         if isinstance(self._sharding, FullShard):
-            return self._sharding.train(module.to(self.device), optimizer_of)
+            return self._sharding.train(module.to(self.device), optimizer_of, max_norm=max_norm)
         prepared, optimizer = self._accelerator.prepare(module, optimizer_of(module))
         if isinstance(prepared, DistributedDataParallel):
             # Otherwise even a forward without gradients is a collective, and ranks with different
             # numbers of them (ragged rollouts) would wait for each other for ever.
             prepared.broadcast_buffers = False
-        return Replicated(prepared, optimizer, is_main=self.is_main)
+        return Replicated(prepared, optimizer, max_norm=max_norm, is_main=self.is_main)
 
     def freeze(self, module: nn.Module, *, compute_dtype: torch.dtype | None = None) -> nn.Module:
         """Move a module that only looks to the device, in shards where weights are sharded; returns what to call."""
@@ -243,6 +243,11 @@ class Runtime:
         if isinstance(self._sharding, Zero):
             return self._sharding.loading(dtype)
         return contextlib.nullcontext()
+
+    @property
+    def shards(self) -> bool:
+        """Whether the launcher asked for sharding; a single process may, for its optimizer in main memory."""
+        return self._sharding is not None
 
     @property
     def in_lockstep(self) -> bool:
@@ -340,6 +345,7 @@ def _sharding(asked: str | None, accelerator: Accelerator) -> Zero | FullShard |
     world_size, device = accelerator.num_processes, accelerator.device
     if asked == "DEEPSPEED":
         if not distributed.is_initialized():  # one process, say with its optimizer in main memory
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks for it
             backend = "gloo" if device.type == "cpu" else "nccl"
             distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return Zero.from_environment(world_size=world_size, on_cpu=device.type == "cpu")

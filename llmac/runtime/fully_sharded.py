@@ -32,10 +32,12 @@ class FullShard:
         """Make the group of ranks."""
         self._mesh: DeviceMesh = init_device_mesh(device.type, (world_size,))
 
-    def train(self, module: nn.Module, optimizer_of: OptimizerOf) -> "FullySharded":
+    def train(
+        self, module: nn.Module, optimizer_of: OptimizerOf, *, max_norm: float
+    ) -> "FullySharded":
         """Cut `module`, then build its optimizer over the shards."""
         self._cut(module)
-        return FullySharded(module, optimizer_of(module))
+        return FullySharded(module, optimizer_of(module), max_norm=max_norm)
 
     def freeze(self, module: nn.Module) -> nn.Module:
         """A module that only looks, cut as well."""
@@ -48,8 +50,13 @@ class FullShard:
         Gathered weights are given back after every forward pass, the outermost group's too: between passes a module
         holds nothing but its shards, which is what the weight stream and the optimizer expect.
         """
+        blocks = _block_names(module)
         for part in module.modules():
-            if type(part).__name__ in _block_names(module):
+            if type(part).__name__ in blocks:
+                fully_shard(part, mesh=self._mesh, reshard_after_forward=True)
+        for part in module.children():
+            # FSDP wants one precision a group: a float32 head beside a bfloat16 trunk is a group of its own.
+            if not _block_names(part):
                 fully_shard(part, mesh=self._mesh, reshard_after_forward=True)
         fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
 
@@ -57,8 +64,9 @@ class FullShard:
 class FullySharded:
     """A `Trained` module under FSDP2."""
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer, *, max_norm: float) -> None:
         """Take a module that `FullShard` has cut."""
+        self._max_norm = max_norm
         self.inner = module
         self.learning = module
         self.looking = module
@@ -73,10 +81,10 @@ class FullySharded:
         """Accumulate the shards of the gradient."""
         loss.backward()
 
-    def step(self, *, lr: float, max_norm: float) -> Tensor:
+    def step(self, *, lr: float) -> Tensor:
         """Clip, update, forget the gradients; returns the norm before clipping."""
         set_learning_rate(self._optimizer, lr)
-        norm = clip_grad_norm(self.inner, max_norm)
+        norm = clip_grad_norm(self.inner, self._max_norm)
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(whole):
             self._optimizer.step()

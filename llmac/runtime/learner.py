@@ -178,7 +178,7 @@ class Learner:
                 f"{float(weight)}; loss_weight and policy_loss of the algorithm disagree"
             )
         lr = self._optimization.lr * self._optimization.lr_factor(self.steps, self._total_steps)
-        norm = self.trained.step(lr=lr, max_norm=self._optimization.max_grad_norm)
+        norm = self.trained.step(lr=lr)
         if not math.isfinite(float(norm)):
             raise ConsistencyError(
                 f"{self._name}: the gradient norm is {float(norm)} at optimizer step {self.steps}; "

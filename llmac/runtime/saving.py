@@ -33,6 +33,8 @@ def save_whole(model: nn.Module, directory: Path, *, is_main: bool) -> None:
     dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     empty = _empty_like(bare)
     nn.Module.to(empty, dtype=dtype)
+    if bare.can_generate():  # also what only the checkpoint's generation_config.json says
+        empty.generation_config = bare.generation_config
     empty.save_pretrained(
         directory, state_dict=weights, save_original_format=False, max_shard_size="5GB"
     )

@@ -47,8 +47,8 @@ class Trained(Protocol):
         """Add the gradient of `loss`; over all ranks, gradients end up *averaged*."""
         ...
 
-    def step(self, *, lr: float, max_norm: float) -> Tensor:
-        """Clip to a global L2 norm, update, forget the gradients; returns the norm before clipping.
+    def step(self, *, lr: float) -> Tensor:
+        """Clip to the module's global L2 norm, update, forget the gradients; returns the norm before clipping.
 
         When the norm is not finite no weight changes, on any rank; whoever calls decides what that means.
         """
@@ -70,16 +70,20 @@ class Trained(Protocol):
 class Replicated:
     """Weights, gradients and optimizer whole on every rank; gradients averaged by DDP where there are several."""
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, *, is_main: bool) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, *, max_norm: float, is_main: bool
+    ) -> None:
         """Take a module that `Runtime.train` has prepared.
 
         Args:
             module: plain, or in DDP.
             optimizer: over its parameters.
+            max_norm: gradients are clipped to this norm.
             is_main: whether this rank writes checkpoints.
         """
         self.learning = module
         self._optimizer = optimizer
+        self._max_norm = max_norm
         self._is_main = is_main
 
     @property
@@ -106,10 +110,10 @@ class Replicated:
         """Accumulate gradients; in a micro-batch with `sync`, average them over ranks as well."""
         loss.backward()
 
-    def step(self, *, lr: float, max_norm: float) -> Tensor:
+    def step(self, *, lr: float) -> Tensor:
         """Clip, update, forget the gradients; returns the norm before clipping."""
         set_learning_rate(self._optimizer, lr)
-        norm = clip_grad_norm(self.inner, max_norm)
+        norm = clip_grad_norm(self.inner, self._max_norm)
         if torch.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad()

@@ -211,8 +211,8 @@ class ZeroSharded:
         """Accumulate gradients, as shards from stage 2 on."""
         self._engine.backward(loss)
 
-    def step(self, *, lr: float, max_norm: float) -> Tensor:
-        """Clip (the limit is the engine's since it was made), update, forget; returns the norm before clipping."""
+    def step(self, *, lr: float) -> Tensor:
+        """Clip, update, forget the gradients; returns the norm before clipping."""
         set_learning_rate(self._engine.optimizer, lr)  # type: ignore[arg-type]
         self._engine.step()
         norm = self._engine.get_global_grad_norm()

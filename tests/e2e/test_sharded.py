@@ -54,11 +54,29 @@ def test_a_killed_run_continues_bitwise_and_shards_fit_only_their_own_job(
 
 
 def test_a_run_under_fsdp2_leaves_the_same_folders(settings, write_recipe, run, tmp_path):
+    """In bfloat16, beside a value head that stays in float32."""
+    settings["model"]["dtype"] = "bfloat16"
     settings["algorithm"] = PPO
-    settings["run"]["steps"] = 2
+    settings["run"] |= {"steps": 2, "ratio_tolerance": 0.05}
     code, printed = run(write_recipe(settings), processes=2, configuration="fsdp2").finish()
     assert code == 0, printed
     check_final(tmp_path / "run")
+
+
+def test_deepspeed_in_one_process_trains_and_wants_each_weight_in_one_engine(
+    settings, write_recipe, run, tmp_path
+):
+    one = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    settings["algorithm"] = PPO
+    settings["run"]["steps"] = 1
+    code, printed = run(write_recipe(settings), environment=one).finish()
+    assert code == 0, printed
+    check_final(tmp_path / "run")
+    settings["critic"] = {"name": "value_head", "trunk": "shared", "detach_trunk": False}
+    settings["run"]["output"] = str(tmp_path / "other")
+    code, printed = run(write_recipe(settings), environment=one).finish()
+    assert code == 1
+    assert "two optimizers would own the same weights" in printed
 
 
 def test_low_precision_weights_learn_in_small_steps_under_deepspeed(

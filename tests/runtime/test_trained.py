@@ -17,7 +17,8 @@ def two_gradients(a, b):
 
 
 def trained(module):
-    return Replicated(module, torch.optim.SGD(module.parameters(), lr=9.0), is_main=True)
+    optimizer = torch.optim.SGD(module.parameters(), lr=9.0)
+    return Replicated(module, optimizer, max_norm=1.0, is_main=True)
 
 
 def test_gradients_are_scaled_to_the_norm_and_the_norm_before_is_returned():
@@ -37,7 +38,7 @@ def test_a_norm_that_is_not_finite_leaves_gradients_and_weights_alone():
     before = module.weight.detach().clone()
     assert clip_grad_norm(module, 1.0).isnan()
     assert module.weight.grad[0, 1].item() == 4.0
-    assert trained(module).step(lr=1.0, max_norm=1.0).isnan()
+    assert trained(module).step(lr=1.0).isnan()
     assert torch.equal(module.weight, before)
     assert module.weight.grad is None
 
@@ -45,7 +46,7 @@ def test_a_norm_that_is_not_finite_leaves_gradients_and_weights_alone():
 def test_a_step_clips_updates_at_its_learning_rate_and_forgets():
     module = two_gradients(3.0, 4.0)
     before = module.weight.detach().clone()
-    assert trained(module).step(lr=0.5, max_norm=1.0).item() == 5.0
+    assert trained(module).step(lr=0.5).item() == 5.0
     torch.testing.assert_close(module.weight, before - 0.5 * torch.tensor([[0.6, 0.8]]))
     assert module.weight.grad is None
 
