@@ -6,8 +6,9 @@ choose it. Needs vLLM in the trainer's environment, for its binding of NCCL.
 Each server gets a communicator of its own, made anew each time it starts, so that one that dies takes no other along.
 """
 
+import logging
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from llmac.engines.vllm_launch import free_port
 from llmac.errors import EngineError
+
+logger = logging.getLogger(__name__)
 
 MEETING_SECONDS = 120.0
 """Longest wait for a server to join its communicator."""
@@ -79,7 +82,7 @@ class NCCLWeightSender:
         As with `WeightSender.buckets`, the answers to a bucket must be in when the next but one is asked for.
 
         Raises:
-            EngineError: a server did not join, or none is left.
+            EngineError: no server joined, or none is left.
         """
         self._greet()
         bucket: list[tuple[str, Tensor]] = []
@@ -115,15 +118,7 @@ class NCCLWeightSender:
 
     def _greet(self) -> None:
         meetings, self._meetings = self._meetings, []
-        for meeting in meetings:
-            try:
-                self._servers.append(meeting.result(MEETING_SECONDS))
-            except TimeoutError as error:
-                raise EngineError(
-                    f"a vLLM server did not join NCCL within {MEETING_SECONDS:g} s; expected {self._workers} GPUs for "
-                    "each server, as rollout.tensor_parallel_size says. Data-parallel servers need "
-                    "rollout.weight_transport=tcp"
-                ) from error
+        self._servers += _joined(meetings, self._workers)
 
     def _broadcast(self, bucket: list[tuple[str, Tensor]]) -> dict[str, Any]:
         self._settle(but=1)
@@ -153,3 +148,31 @@ class NCCLWeightSender:
             if not server.settled(but=but):
                 self._servers.remove(server)
                 server.communicator.destroy()
+
+
+def _joined(
+    meetings: Sequence[Future[_Server]], workers: int, seconds: float = MEETING_SECONDS
+) -> list[_Server]:
+    """The servers that joined; who did not is left out, and told of in a warning.
+
+    Args:
+        meetings: one for each server that has started.
+        workers: GPUs expected of each.
+        seconds: longest wait for one.
+    """
+    servers: list[_Server] = []
+    for meeting in meetings:
+        try:
+            servers.append(meeting.result(seconds))
+        # Of any kind, as what NCCL raises when the other side dies has never been seen: one server must not fail the
+        # update of all.
+        except Exception as error:
+            logger.warning(
+                "a vLLM server did not join NCCL within %g s (%s: %s) and gets no weights; expected %d GPUs for each "
+                "server, as rollout.tensor_parallel_size says. Data-parallel servers need rollout.weight_transport=tcp",
+                seconds,
+                type(error).__name__,
+                error,
+                workers,
+            )
+    return servers
