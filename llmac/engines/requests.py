@@ -9,6 +9,19 @@ from llmac.core.protocols import Request, SamplingParams
 from llmac.errors import EngineError
 
 
+def generation_config_of(model: str, revision: str | None) -> GenerationConfig | None:
+    """The checkpoint's generation config, if it has one.
+
+    Args:
+        model: Hub id or folder.
+        revision: branch, tag or commit on the Hub; None: its main branch.
+    """
+    try:
+        return GenerationConfig.from_pretrained(model, revision=revision or "main")
+    except OSError:
+        return None
+
+
 def end_tokens(
     tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None
 ) -> frozenset[int]:

@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llmac.core.protocols import Completion, Request, SamplingParams
 from llmac.engines import vllm_process, vllm_weights
 from llmac.engines.deep_sleep import survives_discarding
 from llmac.engines.manifest import Manifest
 from llmac.engines.readiness import Readiness, SleepLevel
-from llmac.engines.requests import check_requests, end_tokens, request_seeds
+from llmac.engines.requests import (
+    check_requests,
+    end_tokens,
+    generation_config_of,
+    request_seeds,
+)
 from llmac.engines.tensor_parallel import Offer, TensorParallelGroup, joined, own_part
 from llmac.engines.vllm_translation import completions, translated
 from llmac.errors import EngineError, LlmacError
@@ -92,7 +97,7 @@ class VLLMEngine:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         self._manifest = Manifest.of(skeleton)
-        self._ends = end_tokens(tokenizer, _generation_config(model, revision))
+        self._ends = end_tokens(tokenizer, generation_config_of(model, revision))
         self._version = 0
 
         with vllm_process.process_state_restored():
@@ -149,11 +154,6 @@ class VLLMEngine:
     def policy_version(self) -> int:
         """The version given to the last completed `load_weights`; 0 before any."""
         return self._version
-
-    @property
-    def sleep_level(self) -> SleepLevel:
-        """What `sleep` really frees: 0 on CPU, 1 where 2 did not survive its rehearsal."""
-        return self._ready.level
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """`params.n` completions for each request, in the order of the requests.
@@ -282,11 +282,3 @@ class VLLMEngine:
             completions(request, output, self._version)
             for request, output in zip(requests, outputs, strict=True)
         ]
-
-
-def _generation_config(model: str, revision: str | None) -> GenerationConfig | None:
-    """The checkpoint's generation config, if it has one."""
-    try:
-        return GenerationConfig.from_pretrained(model, revision=revision or "main")
-    except OSError:
-        return None
