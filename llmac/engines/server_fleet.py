@@ -1,6 +1,7 @@
 """The servers as rank 0 keeps them: started, introduced to the sender of weights, fed, and started anew."""
 
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from llmac.engines.server_facts import (
     ServerFacts,
     check_alike,
     check_first_token,
+    health_problem,
     wait_until_healthy,
 )
 from llmac.engines.server_session import Sender, SessionError, WeightSession
@@ -24,6 +26,11 @@ class LocalServer(Protocol):
     @property
     def url(self) -> str:
         """Where it listens, the same after each start; no slash at the end."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs; it may still be starting, or hang."""
         ...
 
     def start(self) -> None:
@@ -71,6 +78,7 @@ class Fleet:
         self._session = WeightSession(sender, timeout_seconds=timeout_seconds)
         self._timeout_seconds = timeout_seconds
         self._start_seconds = start_seconds
+        self._restarted: dict[str, float] = {}
 
     def start(self, *, model: str, last_token: int) -> dict[str, ServerFacts]:
         """Start local servers, wait for all, and see that all are what this run needs; facts by URL.
@@ -85,7 +93,7 @@ class Fleet:
         for process in self._processes.values():
             process.start()
         for url in self._urls:
-            self._wait(url, self._timeout_seconds)
+            self._wait(url, patient=True)
         facts = {url: ServerFacts.of(url) for url in self._urls}
         check_alike(facts, model=model, backend=self._sender.backend)
         for url in self._urls:
@@ -107,16 +115,20 @@ class Fleet:
                 self._start_anew(url)
 
     def bring_back(self, urls: Sequence[str], *, patient: bool) -> dict[str, str]:
-        """Wait for lost servers, local ones until they have started; why not, for each that is not back.
+        """Take lost servers in again; why not, for each that is not back.
 
         Args:
             urls: the lost ones.
-            patient: wait for somebody else's servers too, as long as for a response; otherwise one look must do.
+            patient: wait for local servers until they have started, and for somebody else's as long as for a response;
+                otherwise one look must do, and who is still starting is left in peace until the next.
         """
         problems: dict[str, str] = {}
         for url in urls:
+            if not patient and self._is_starting(url):
+                problems[url] = "still starting"
+                continue
             try:
-                self._wait(url, self._timeout_seconds if patient else 0.0)
+                self._wait(url, patient=patient)
                 self._session.admit(url)
             except (EngineError, SessionError) as error:
                 problems[url] = str(error)
@@ -138,6 +150,7 @@ class Fleet:
     def _start_anew(self, url: str) -> None:
         logger.warning("the server at %s is started anew", url)
         self.restarts += 1
+        self._restarted[url] = time.monotonic()
         try:
             self._processes[url].restart()
         except (
@@ -145,8 +158,15 @@ class Fleet:
         ) as error:  # found out by all ranks when it is not back at the next update
             logger.warning("%s", error)
 
-    def _wait(self, url: str, seconds: float) -> None:
+    def _is_starting(self, url: str) -> bool:
+        """Whether it is a local server that needs more time to start, and has it."""
+        if url not in self._processes or not self._processes[url].alive:
+            return False
+        seconds = time.monotonic() - self._restarted[url]
+        return seconds < self._start_seconds and health_problem(url) is not None
+
+    def _wait(self, url: str, *, patient: bool) -> None:
         if url in self._processes:
-            self._processes[url].wait_ready(self._start_seconds)
+            self._processes[url].wait_ready(self._start_seconds if patient else 0.0)
         else:
-            wait_until_healthy(url, seconds)
+            wait_until_healthy(url, self._timeout_seconds if patient else 0.0)

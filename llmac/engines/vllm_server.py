@@ -5,8 +5,8 @@ Rank 0 starts local servers and sends weights; every rank asks the servers for i
 is an error on all.
 
 What a dead server costs (`server_pool.py` says when it counts as dead):
-    some live      its requests go to the others; a local one starts anew in the background and takes part again after
-                   the next update, and so does somebody else's that is back by then
+    some live      its requests go to the others; a local one starts anew in the background. No update waits for it: it
+                   takes part again from the first one that finds it ready, and so does somebody else's
     none lives     all ranks stop at the end of `generate`, rank 0 waits for servers, `resend` gives the current weights
                    once more, and the outstanding requests are asked again
 """
@@ -17,12 +17,17 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llmac.core.measures import Measure, Sum
 from llmac.core.protocols import Completion, Request
 from llmac.engines.manifest import Manifest
-from llmac.engines.requests import check_requests, end_tokens, request_seeds
+from llmac.engines.requests import (
+    check_requests,
+    end_tokens,
+    generation_config_of,
+    request_seeds,
+)
 from llmac.engines.server_facts import checked_url, health_problem
 from llmac.engines.server_fleet import Fleet, LocalServer
 from llmac.engines.server_pool import Job, Pool, Server
@@ -86,7 +91,7 @@ class VLLMServerEngine:
         """A new stream of the weights of the last update, called on all ranks when every server has died. None: such
         a death is the end of the run."""
         self._manifest = Manifest.of(skeleton)
-        self._ends = end_tokens(tokenizer, _generation_config(model, revision))
+        self._ends = end_tokens(tokenizer, generation_config_of(model, revision))
         self._ranks = ranks
         self._room = max(1, 2 * max_num_seqs // ranks.world_size)
         self._timeout_seconds = request_timeout_seconds
@@ -371,11 +376,3 @@ def _as_engine_error(failure: Exception, version: int) -> EngineError:
     )
     error.__cause__ = failure
     return error
-
-
-def _generation_config(model: str, revision: str | None) -> GenerationConfig | None:
-    """The checkpoint's generation config, if it has one."""
-    try:
-        return GenerationConfig.from_pretrained(model, revision=revision or "main")
-    except OSError:
-        return None

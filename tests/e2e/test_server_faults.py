@@ -246,6 +246,7 @@ def test_when_one_of_two_servers_is_killed_the_other_answers_and_it_comes_back(j
     assert counted["rollout/server_failures"] == 1
     assert counted["rollout/server_restarts"] == 1
     assert counted["rollout/retried_requests"] >= len(prompts) / 2
+    job.processes[0].wait_ready(120)  # no update would wait for it, as the other server lives
     job.update(seed=5)
     check_greedy(job, prompts)
     assert job.processes[0].pid != victim

@@ -218,12 +218,21 @@ class FakeProcess:
         self.server.kill()
         self.url = self.server.url
         self.starts = self.closes = 0
+        self.slow = False
+        """It starts, and is not ready until `server.start()`."""
+
+    @property
+    def alive(self):
+        return self.slow or self.server._http is not None
 
     def start(self):
         self.starts += 1
-        self.server.start()
+        if not self.slow:
+            self.server.start()
 
     def wait_ready(self, seconds):
+        if self.slow and self.server._http is None:
+            time.sleep(min(seconds, 3.0))
         if self.server._http is None:
             raise EngineError(f"{self.url} died while starting")
 

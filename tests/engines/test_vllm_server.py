@@ -523,6 +523,35 @@ def test_a_killed_local_server_is_started_anew_and_takes_part_after_the_next_upd
     assert processes[0].server.weights == processes[1].server.weights
 
 
+def test_no_update_waits_for_a_local_server_that_is_still_starting(build, processes, weights):
+    engine = build(processes=processes)
+    engine.load_weights(weights, version=1)
+    processes[0].slow = True
+    processes[0].server.kill()
+    engine.generate(ask())
+    for version in (2, 3):
+        begun = time.monotonic()
+        engine.load_weights(weights, version=version)
+        assert time.monotonic() - begun < 2
+        check_answers(engine.generate(ask()), ask(), version=version)
+    assert processes[0].starts == 2, "it is left in peace"
+    processes[0].server.start()
+    engine.load_weights(weights, version=4)
+    assert [server.living for server in engine._servers] == [True, True]
+    assert processes[0].server.weights == processes[1].server.weights
+
+
+def test_a_local_server_that_does_not_get_ready_in_time_is_started_anew(build, processes, weights):
+    engine = build(processes=processes, start_timeout_seconds=0.3)
+    engine.load_weights(weights, version=1)
+    processes[0].slow = True
+    processes[0].server.kill()
+    engine.generate(ask())
+    time.sleep(0.3)
+    engine.load_weights(weights, version=2)
+    assert [process.starts for process in processes] == [3, 1]
+
+
 def test_when_the_only_server_dies_it_is_started_anew_and_fed_from_resend(
     build, processes, weights
 ):
