@@ -86,7 +86,7 @@ def _pack_experts_anew(model: nn.Module) -> None:
     for layer in model.modules():
         # vLLM's names, of layers of its own; a layer that has its kernel leaves reloaded experts unpacked.
         method = getattr(layer, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is None:
+        if method is None or getattr(method, "moe_kernel", None) is None:
             continue
         if all(parameter.device.type == "cpu" for parameter in layer.parameters()):
             method.moe_kernel = None

@@ -16,11 +16,13 @@ from transformers import (
 )
 
 from llmac.core.protocols import Request, SamplingParams
+from llmac.engines import vllm_process
 from llmac.engines.checkpoint_form import check_restorable, parts
 from llmac.engines.hf_engine import HFEngine
 from llmac.engines.manifest import Manifest
 from llmac.engines.probe import ProbedModule, prove_updates_arrive
 from llmac.engines.vllm_engine import VLLMEngine
+from llmac.engines.weight_sender import WeightSender
 from llmac.errors import EngineError
 from llmac.runtime.weights import full_weights
 
@@ -247,3 +249,49 @@ def test_vllm_takes_an_update_of_experts(kind, tokenizer, prompts, greedy, tmp_p
         assert all(difference < 1e-4 for difference in found.values())
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_a_vllm_server_takes_an_update_of_experts(tokenizer, prompts, greedy, tmp_path):
+    """Its worker, in this process."""
+    kind = next(iter(CONFIGS))
+    make(kind).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with vllm_process.process_state_restored():
+        vllm_process.import_vllm()
+        from vllm import SamplingParams as VLLMParams
+
+        import llmac.engines.vllm_transfer  # noqa: F401, registers the backend
+
+        llm = vllm_process.build(
+            {
+                "model": str(tmp_path),
+                "dtype": "float32",
+                "max_model_len": 64,
+                "kv_cache_memory_bytes": 64 << 20,
+                "enforce_eager": True,
+                "generation_config": "vllm",
+                "weight_transfer_config": {"backend": "llmac"},
+            }
+        )
+    sender = WeightSender("shm", bucket_bytes=1 << 15)
+    try:
+        llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": sender.init_info()})
+        for seed in (1, 2):
+            model = make(kind, seed=seed)
+            llm.collective_rpc("start_weight_update")
+            for bucket in sender.buckets(full_weights(model)):
+                llm.collective_rpc("update_weights", kwargs={"update_info": bucket})
+            llm.collective_rpc("finish_weight_update")
+            llm.reset_prefix_cache()
+            params = VLLMParams(temperature=0.0, max_tokens=12, stop_token_ids=[1])
+            inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+            outputs = llm.generate(inputs, params, use_tqdm=False)
+            answers = [tuple(output.outputs[0].token_ids) for output in outputs]
+            assert answers == greedy(model, prompts, 12)
+    finally:
+        sender.close()
+        vllm_process.shut_down(llm, keep_group=False)
