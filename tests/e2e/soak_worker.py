@@ -36,7 +36,7 @@ def main(model, output, syncs, bucket_bytes):
             noise = torch.randint(2, 9, (4, 8))
             with trained.accumulate(sync=True):
                 trained.backward(trained.learning(noise, labels=noise).loss)
-            trained.step(lr=1e-4, max_norm=1.0)
+            trained.step(lr=1e-4)
         engine.load_weights(full_weights(trained.learning, bucket_bytes=bucket_bytes), sync)
         found["versions"].append(engine.policy_version)
         if sync % SAMPLE_EVERY == 0:
