@@ -34,7 +34,7 @@ def save_final(parts: Parts, recipe: Recipe) -> Path:
     if parts.runtime.is_main:
         for folder in (final, final / "adapter", final / "critic"):
             if folder.exists():
-                _check_not_empty(folder)
+                check_not_empty(folder)
         load_tokenizer(recipe.model).save_pretrained(final)
         plot_learning_curve(
             parts.output / "metrics.jsonl",
@@ -54,7 +54,7 @@ def save_policy(model: LanguageModel, directory: Path, *, is_main: bool) -> None
         save_adapter(model, directory / "adapter", is_main=is_main)
 
 
-def _check_not_empty(directory: Path) -> None:
+def check_not_empty(directory: Path) -> None:
     """Peers have saved adapters without a single weight for weeks; look before saying it is saved."""
     files = sorted(directory.glob("*.safetensors"))
     empty = [f"{file.name}: no tensors" for file in files if not _shapes(file)]
