@@ -24,6 +24,7 @@ def work(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "localhost",
+        "OMP_NUM_THREADS": "1",  # accelerate warns without it
         "MASTER_PORT": str(port),
     }
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
