@@ -15,11 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from llmac.errors import CheckpointError
-from llmac.runtime.trained import OptimizerOf, clip_grad_norm, set_learning_rate
+from llmac.runtime.trained import OptimizerOf, clipped_step
 
 _FOLDER = "shards"
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -83,13 +82,7 @@ class FullySharded:
 
     def step(self, *, lr: float) -> Tensor:
         """Clip, update, forget the gradients; returns the norm before clipping."""
-        set_learning_rate(self._optimizer, lr)
-        norm = clip_grad_norm(self.inner, self._max_norm)
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if torch.isfinite(whole):
-            self._optimizer.step()
-        self._optimizer.zero_grad()
-        return whole.detach()
+        return clipped_step(self.inner, self._optimizer, lr=lr, max_norm=self._max_norm)
 
     def save(self, directory: Path) -> None:
         """Shards in PyTorch's distributed format, which any number of ranks can read."""

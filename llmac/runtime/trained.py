@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -112,12 +113,7 @@ class Replicated:
 
     def step(self, *, lr: float) -> Tensor:
         """Clip, update, forget the gradients; returns the norm before clipping."""
-        set_learning_rate(self._optimizer, lr)
-        norm = clip_grad_norm(self.inner, self._max_norm)
-        if torch.isfinite(norm):
-            self._optimizer.step()
-        self._optimizer.zero_grad()
-        return norm
+        return clipped_step(self.inner, self._optimizer, lr=lr, max_norm=self._max_norm)
 
     def save(self, directory: Path) -> None:
         """One file, written by rank 0."""
@@ -147,6 +143,23 @@ class Replicated:
         self._optimizer.load_state_dict(state["optimizer"])
 
 
+def clipped_step(module: nn.Module, optimizer: Optimizer, *, lr: float, max_norm: float) -> Tensor:
+    """Clip, update unless the norm is not finite, forget the gradients; returns the norm before clipping, 0-d.
+
+    Args:
+        module: whole, or sharded by FSDP2.
+        optimizer: over its parameters.
+        lr: for all of them.
+        max_norm: of the gradients of all ranks together.
+    """
+    set_learning_rate(optimizer, lr)
+    norm = clip_grad_norm(module, max_norm)
+    if torch.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """The same learning rate for all parameters."""
     for group in optimizer.param_groups:
@@ -165,6 +178,7 @@ def clip_grad_norm(module: nn.Module, max_norm: float) -> Tensor:
     """
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if parameters and torch.isfinite(norm):
         clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.detach()

@@ -64,6 +64,18 @@ def home(tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="session")
+def vllm_home(home, tmp_path_factory):
+    """The tiny model with heads of 32, the smallest that vLLM has kernels for on CPU."""
+    folder = tmp_path_factory.mktemp("model")
+    config = Qwen2Config.from_pretrained(home / "model")
+    config.hidden_size, config.num_attention_heads = 64, 2
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def settings(home, tmp_path):
     """A recipe that runs in seconds, as a mapping; tests change what they are about."""

@@ -4,26 +4,12 @@ import importlib.util
 
 import psutil
 import pytest
-import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-
-
-@pytest.fixture(scope="session")
-def vllm_home(home, tmp_path_factory):
-    """The tiny model with heads of 32, the smallest that vLLM has kernels for on CPU."""
-    folder = tmp_path_factory.mktemp("model")
-    config = Qwen2Config.from_pretrained(home / "model")
-    config.hidden_size, config.num_attention_heads = 64, 2
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(home / "model").save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(

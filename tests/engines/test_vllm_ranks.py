@@ -3,9 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,27 +22,11 @@ pytestmark = [
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_engines_follow_zero3_exactly_and_catch_what_does_not(
-    tensor_parallel_size, make_model, tokenizer, tmp_path
+    tensor_parallel_size, make_model, tokenizer, on_two_processes, tmp_path
 ):
     make_model(tied=tensor_parallel_size == 1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, str(HERE / "vllm_ranks.py"), str(tmp_path), str(tensor_parallel_size)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_processes(HERE / "vllm_ranks.py", tmp_path, tensor_parallel_size)
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert reports[0] == reports[1]
     logger.info("log-prob differences, %d ranks an engine: %s", tensor_parallel_size, reports[0])

@@ -1,9 +1,6 @@
 """Planned shards against those of real DeepSpeed and FSDP2 processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,21 +14,10 @@ from .making import folder_of
 
 
 @pytest.mark.deepspeed
-def test_two_processes_hold_the_planned_shards(tmp_path):
+def test_two_processes_hold_the_planned_shards(tmp_path, on_two_processes):
     pytest.importorskip("deepspeed")
     folder = folder_of(tmp_path / "model", hidden_size=96, vocab_size=1301, num_hidden_layers=8)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    worker = ["-m", "tests.placement.shards_worker"]
-    result = subprocess.run(
-        [*launcher, "--nproc_per_node", "2", *worker, folder],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    on_two_processes("-m", "tests.placement.shards_worker", folder)
     measured = json.loads((Path(folder) / "measured.json").read_text())
     looking = measured.pop("looking")
     assert len(measured) == 8

@@ -62,6 +62,7 @@ def test_micro_batches_do_not_change_what_is_learned(whole, tmp_path):
         pytest.param("zero1", ("ppo", "ppo lora"), marks=pytest.mark.deepspeed),
         pytest.param("zero2", ("ppo", "ppo lora"), marks=pytest.mark.deepspeed),
         pytest.param("zero3", EVERYTHING, marks=pytest.mark.deepspeed),
+        pytest.param("zero3_offload", ("ppo", "ppo lora"), marks=pytest.mark.deepspeed),
         pytest.param("fsdp2", EVERYTHING, marks=pytest.mark.slow),
     ],
 )

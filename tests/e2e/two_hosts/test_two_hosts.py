@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from tests.e2e.two_hosts.namespaces import two_hosts
 
@@ -79,24 +78,12 @@ def hosts(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model(home, tmp_path_factory):
-    """The tiny model with heads of 32, the smallest that vLLM has kernels for on CPU."""
-    folder = tmp_path_factory.mktemp("model")
-    config = Qwen2Config.from_pretrained(home / "model")
-    config.hidden_size, config.num_attention_heads = 64, 2
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(home / "model").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recipe(model, home, tmp_path_factory):
+def recipe(vllm_home, home, tmp_path_factory):
     """Three steps, and a reward function that leaves a note of where each rank ran beside the recipe."""
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "reward.py").write_text(REWARD)
     settings = {
-        "model": {"name": str(model)},
+        "model": {"name": str(vllm_home)},
         "data": {"name": str(home / "train.jsonl")},
         "reward": f"{folder / 'reward.py'}:reward",
         "algorithm": {"name": "grpo", "group_size": 4},
@@ -298,7 +285,7 @@ def test_the_slurm_script_trains_under_zero3_on_two_hosts(one_host, recipe, read
 @needs("deepspeed")
 @needs("vllm")
 def test_a_trainer_on_one_host_feeds_a_vllm_server_on_the_other(
-    hosts, model, recipe, read_metrics, tmp_path
+    hosts, vllm_home, recipe, read_metrics, tmp_path
 ):
     """Two ranks under ZeRO-3 on the first host; weights reach the second one through the cable or not at all."""
     overrides = ["rollout.weight_transport=tcp", "rollout.probe_every=1", "rollout.kv_cache_mb=64"]
@@ -314,7 +301,7 @@ def test_a_trainer_on_one_host_feeds_a_vllm_server_on_the_other(
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert max(line["actor/sampler_logprob_diff_max"] for line in lines) < 1e-3
-    syncs, size = len(lines), (model / "model.safetensors").stat().st_size
+    syncs, size = len(lines), (vllm_home / "model.safetensors").stat().st_size
     assert hosts[1].bytes_received() > syncs * size
 
 
