@@ -16,7 +16,15 @@ from llmac.completions import CompletionLog
 from llmac.config import Recipe, dump, fingerprint, plain
 from llmac.config.schema import DataConfig, RewardFunctionConfig
 from llmac.console import Console, show_log_records
-from llmac.core.protocols import Critic, Resendable, RolloutEngine, SamplingParams
+from llmac.core.protocols import (
+    AsksPromptValues,
+    Critic,
+    PromptCritic,
+    Resendable,
+    RolloutEngine,
+    SamplingParams,
+    Stateful,
+)
 from llmac.core.types import Prompt
 from llmac.critics.bench import CriticBench
 from llmac.data.prompts import PromptStream, load_prompts
@@ -40,10 +48,11 @@ from llmac.rewards.contracts import RewardSpec
 from llmac.rewards.loader import resolve
 from llmac.rewards.reward_model import RewardModel
 from llmac.rewards.scoring import Rewards
-from llmac.runtime.checkpoint import CheckpointStore, RandomState, Saveable
+from llmac.runtime.checkpoint import CheckpointStore, RandomState, Remembered, Saveable
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
 from llmac.runtime.phases import Phases
+from llmac.schedule import PolicySchedule
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +120,22 @@ def build(
     }
     if isinstance(critic, Saveable):  # a critic that learns; the others have nothing to save
         roles["critic"] = critic
+    plan = algorithm.plan(prompts_per_step=share, sampling=_sampling(recipe))
+    if isinstance(plan, AsksPromptValues) and isinstance(critic, PromptCritic):
+        plan.prompt_values = critic.prompt_values
+    memory, schedule = algorithm.memory(), _schedule(recipe)
+    waits = schedule if schedule.warmup_explained is not None else None
+    for role, remembering in (("plan", plan), ("algorithm", memory), ("schedule", waits)):
+        if isinstance(remembering, Stateful):
+            roles[role] = Remembered(remembering, runtime)
     return Parts(
         algorithm=algorithm,
+        memory=memory,
+        schedule=schedule,
         actor=actor,
         critic=critic,
         engine=engine,
-        plan=algorithm.plan(prompts_per_step=share, sampling=_sampling(recipe)),
+        plan=plan,
         prompts=stream,
         score=rewards,
         held_out=held_out,
@@ -147,6 +166,15 @@ def _share(recipe: Recipe, runtime: Runtime) -> int:
             f"take a multiple of {ranks * parts}"
         )
     return prompts // ranks
+
+
+def _schedule(recipe: Recipe) -> PolicySchedule:
+    run = recipe.run
+    return PolicySchedule(
+        warmup_steps=run.critic_warmup_steps,
+        warmup_explained=run.critic_warmup_explained,
+        every=run.policy_every,
+    )
 
 
 def _sampling(recipe: Recipe) -> SamplingParams:
@@ -308,7 +336,7 @@ def _actor(
         with runtime.loading(torch_dtype(spec)):
             frozen = load_causal_lm(spec, spec.reference)
         reference = Reference(runtime.freeze(as_policy(frozen), compute_dtype=compute_dtype))
-    learning_steps = recipe.run.steps - recipe.run.critic_warmup_steps
+    learning_steps = (recipe.run.steps - recipe.run.critic_warmup_steps) // recipe.run.policy_every
     if learning_steps <= 0:
         logger.warning(
             "run.critic_warmup_steps is %d and run.steps is %d: the policy does not learn in this run",

@@ -15,7 +15,15 @@ from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
 from llmac.core.collate import collate
 from llmac.core.measures import Max, Mean, Metrics, Sum
-from llmac.core.protocols import Critic, Metered, RolloutEngine, RolloutPlan, SamplingParams
+from llmac.core.protocols import (
+    Critic,
+    Metered,
+    Observer,
+    RolloutEngine,
+    RolloutPlan,
+    SamplingParams,
+    Stateful,
+)
 from llmac.core.types import Prompt, Rollouts, Trajectory
 from llmac.data.prompts import PromptStream
 from llmac.engines.probe import (
@@ -31,6 +39,7 @@ from llmac.rewards.scoring import Rewards
 from llmac.runtime.checkpoint import CheckpointStore, Saveable
 from llmac.runtime.context import Runtime
 from llmac.runtime.phases import Phases
+from llmac.schedule import PolicySchedule
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +63,6 @@ class Run(Protocol):
     @property
     def steps(self) -> int: ...
     @property
-    def critic_warmup_steps(self) -> int: ...
-    @property
     def save_every(self) -> int: ...
     @property
     def seed(self) -> int: ...
@@ -68,6 +75,9 @@ class Parts:
     """Everything live that a run is made of. `build.build` makes one from a recipe."""
 
     algorithm: Algorithm
+    memory: Stateful | None
+    """What the algorithm remembers from step to step."""
+    schedule: PolicySchedule
     actor: Actor
     critic: Critic | None
     engine: RolloutEngine
@@ -95,7 +105,8 @@ def train(run: Run, parts: Parts) -> None:
     leaves the last complete checkpoint and all metrics so far in place.
     """
     algorithm, actor, critic, engine = parts.algorithm, parts.actor, parts.critic, parts.engine
-    log, phase, runtime = parts.log, parts.phases, parts.runtime
+    log, phase, runtime, memory = parts.log, parts.phases, parts.runtime, parts.memory
+    moved = False
 
     with phase("start"):
         done = resume(parts)
@@ -131,25 +142,32 @@ def train(run: Run, parts: Parts) -> None:
 
         # 3. Value: V(s) exactly where the algorithm wants it. No critic, no values.
         with phase("values"):
-            values = critic.values(rollouts, algorithm.segments(rollouts)) if critic else None
+            asked = critic is not None and algorithm.uses_values
+            values = critic.values(rollouts, algorithm.segments(rollouts)) if asked else None
 
-        # 4. Credit: who deserves what. Pure; with the loss, this *is* the algorithm.
+        # 4. Credit: who deserves what. With the loss, this *is* the algorithm; pure, but for a memory it may keep.
         with phase("adv"):
-            credit = algorithm.credit(rollouts, values, sum_across=runtime.sum)
+            remembered = {} if memory is None else {"memory": memory}
+            credit = algorithm.credit(rollouts, values, sum_across=runtime.sum, **remembered)
 
         # 5. Learn: the policy along its advantages, the critic towards its targets. In this order: a critic that
         #    shares the policy's trunk moves the policy, and the first ratio of the step must be 1.
-        if step > run.critic_warmup_steps:
+        moves = parts.schedule.moves(step, credit.metrics)
+        if moves:
             with phase("update_actor"):
                 log.add(actor.update(rollouts, credit, algorithm))
         if critic and credit.critic_targets:
             with phase("update_critic"):
                 log.add(critic.update(rollouts, credit.critic_targets))
+        if isinstance(critic, Observer):
+            log.add(critic.observe(rollouts))
 
         # 6. Sync: the next step samples the new policy.
         with phase("sync"):
-            first_update = step == max(done, run.critic_warmup_steps) + 1
-            synchronize(parts, version=step, probe=first_update or step % parts.probe_every == 0)
+            synchronize(
+                parts, version=step, probe=(moves and not moved) or step % parts.probe_every == 0
+            )
+        moved = moved or moves
 
         log.add(counts, credit.metrics, parts.score.metrics(), describe(rollouts))
         if isinstance(engine, Metered):

@@ -22,7 +22,7 @@ from llmac.core.losses import clipped_surrogate, log_ratio
 from llmac.core.masking import Aggregation, aggregate, aggregation_weight, masked_var
 from llmac.core.measures import Last, Max, Mean, Measure, Metrics
 from llmac.core.plans import Flat
-from llmac.core.protocols import RolloutPlan, SamplingParams
+from llmac.core.protocols import RolloutPlan, SamplingParams, Stateful
 from llmac.core.segments import every_token
 from llmac.core.types import AllSum, Credit, CriticTargets, Loss, Rollouts, Values, identity
 
@@ -108,6 +108,16 @@ class Algorithm:
         )
 
     @property
+    def wanted_critic(self) -> str | None:
+        """Registry name of the critic a recipe gets if it names none; None: it may not name one."""
+        return self.default_critic
+
+    @property
+    def uses_values(self) -> bool:
+        """Whether `credit` is given what the critic says."""
+        return self.default_critic is not None
+
+    @property
     def uses_reference(self) -> bool:
         """Whether `Rollouts.ref_logprobs` must be filled."""
         return self.kl_coef > 0
@@ -126,6 +136,15 @@ class Algorithm:
     def segments(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
         """Where V is asked: before every sampled token."""
         return every_token(rollouts.action_mask)
+
+    def memory(self) -> Stateful | None:
+        """What the card remembers from step to step; None: nothing.
+
+        Made once a run, saved with it, and given to each `credit` as `memory=`, which may change
+        it. Every rank has its own copy, and all must stay equal: what enters goes through
+        `sum_across`.
+        """
+        return None
 
     def credit(
         self, rollouts: Rollouts, values: Values | None, *, sum_across: AllSum = identity
@@ -180,6 +199,11 @@ class Algorithm:
         per_token, watched = self.surrogate(logprobs, old_logprobs, credit.advantages, mask)
         if credit.importance is not None:
             per_token = per_token * credit.importance
+        if credit.likelihood is not None:
+            per_token = per_token - credit.likelihood * logprobs
+        if credit.kl_weight is not None:
+            reference = _reference(self, rollouts).masked_fill(~mask, 0.0)
+            per_token = per_token + credit.kl_weight * kl_estimate(logprobs, reference, "k3")
         total, weight = self._aggregate(per_token, rollouts, mask)
 
         moved = log_ratio(logprobs, old_logprobs).detach()
@@ -458,7 +482,7 @@ def mean_over(x: Tensor, mask: Bool[Tensor, "B T"]) -> Mean:
 def _reference(card: Algorithm, rollouts: Rollouts) -> Tensor:
     if rollouts.ref_logprobs is None:
         raise ValueError(
-            f"kl_coef of {type(card).__name__} is {card.kl_coef}, and the rollouts carry no "
-            "ref_logprobs; annotate them with a reference policy, or set kl_coef to 0"
+            f"{type(card).__name__} has a KL term (kl_coef is {card.kl_coef}), and the rollouts carry "
+            "no ref_logprobs; annotate them with a reference policy, or switch the term off"
         )
     return rollouts.ref_logprobs

@@ -84,7 +84,7 @@ def choose_algorithm(value: object) -> Choice:
 
 def choose_critic(value: object, algorithm: Choice) -> Choice | None:
     """The critic the recipe names, or the algorithm's own, or none where it uses none."""
-    usual = algorithm.settings.default_critic
+    usual = algorithm.settings.wanted_critic
     if value is None:
         return (
             None

@@ -68,7 +68,7 @@ IDLE = (
         "the algorithm has no KL term; remove it, or set algorithm.kl_coef above 0",
     ),
     Idle(
-        ("run.critic_warmup_steps",),
+        ("run.critic_warmup_steps", "run.critic_warmup_explained", "run.policy_every"),
         lambda recipe: recipe.critic is None,
         "the algorithm uses no critic; remove it, or choose an algorithm that has one, for example ppo",
     ),

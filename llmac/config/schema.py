@@ -265,6 +265,10 @@ class RunConfig(Section):
     """Folder of this run: metrics.jsonl, completions, checkpoints, final model."""
     critic_warmup_steps: CountOrZero = 0
     """First steps in which only the critic learns."""
+    critic_warmup_explained: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Only the critic learns until its explained variance of a step reaches this; null: no such condition."""
+    policy_every: Count = 1
+    """After the warm-up the policy learns in one step of this many, the critic in all (TD3's delayed updates)."""
     save_every: Count = 50
     """Steps between checkpoints; the last step is always saved."""
     keep_last: Count = 2

@@ -39,13 +39,13 @@ def collate(trajectories: Sequence[Trajectory], *, length_limit: int) -> Batch:
         raise ValueError("a batch needs at least one trajectory; the rollout plan returned none")
     for trajectory in trajectories:
         _check(trajectory)
-    outcomes = torch.tensor([t.reward for t in trajectories], dtype=torch.float32)
+    outcomes = torch.tensor([t.reward or 0.0 for t in trajectories], dtype=torch.float32)
     action_mask = _pad([t.action_mask for t in trajectories], torch.bool)
     return Batch(
         response_ids=_pad([t.response_ids for t in trajectories], torch.int64),
         action_mask=action_mask,
         rewards=place_outcome_rewards(outcomes, action_mask),
-        truncated=torch.tensor([t.finish is Finish.LENGTH for t in trajectories]),
+        truncated=torch.tensor([t.finish is not Finish.STOP for t in trajectories]),
         group=torch.tensor([t.group for t in trajectories]),
         sampler_logprobs=_pad([t.sampler_logprobs for t in trajectories], torch.float32),
         length_limit=length_limit,
@@ -55,9 +55,9 @@ def collate(trajectories: Sequence[Trajectory], *, length_limit: int) -> Batch:
 
 def _check(trajectory: Trajectory) -> None:
     name = f"a response to prompt {trajectory.prompt.id}"
-    if trajectory.reward is None:
+    if trajectory.reward is None and trajectory.finish is not Finish.PAUSED:
         raise ValueError(f"{name} has no reward; score trajectories before collating them")
-    if not math.isfinite(trajectory.reward):
+    if trajectory.reward is not None and not math.isfinite(trajectory.reward):
         raise ValueError(f"{name} has reward {trajectory.reward}; a reward is a finite number")
     lengths = (
         len(trajectory.response_ids),

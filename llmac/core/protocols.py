@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llmac.core.measures import Metrics
@@ -162,4 +162,43 @@ class Critic(Protocol):
 
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> Metrics:
         """Move towards the targets."""
+        ...
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A critic that learns from outcomes, not from targets: running means, values of prompts."""
+
+    def observe(self, rollouts: Rollouts) -> Metrics:
+        """Take in a step's outcomes. Called once a step, after its values were given."""
+        ...
+
+
+@runtime_checkable
+class PromptCritic(Protocol):
+    """Says what a prompt is worth before anything is sampled: V(s_0)."""
+
+    def prompt_values(self, prompts: Sequence[Prompt]) -> Float[Tensor, "N"]:
+        """Expected outcome of each prompt, in reward units."""
+        ...
+
+
+@runtime_checkable
+class AsksPromptValues(Protocol):
+    """A plan that wants to know what prompts are worth before it samples. `build` sets the attribute."""
+
+    prompt_values: Callable[[Sequence[Prompt]], Float[Tensor, "N"]] | None
+    """Of the run's critic."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Remembers something from step to step that a resumed run must know: a plan, an algorithm's memory."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything to continue from: numbers, strings, lists, dictionaries, tensors."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
         ...

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class Finish(StrEnum):
     """Terminated: the policy ended it (end-of-sequence or stop string). V(s_T) = 0."""
     LENGTH = "length"
     """Truncated: we stopped looking. The story goes on, and V(s_T) may be asked."""
+    PAUSED = "paused"
+    """Truncated for this step only: the plan goes on with it in the next. It may have no reward yet."""
 
 
 Messages = Sequence[Mapping[str, Any]]
@@ -88,6 +91,7 @@ class Batch:
     rewards: Float[Tensor, "B T"]
     """Outcome reward on the last action token; process rewards anywhere."""
     truncated: Bool[Tensor, "B"]
+    """Not ended by the policy: cut at the length limit, or paused."""
     group: Int[Tensor, "B"]
     sampler_logprobs: Float[Tensor, "B T"]
     length_limit: int
@@ -111,6 +115,17 @@ class Rollouts:
     """π_ref; None iff the algorithm has `uses_reference` = False."""
     length_limit: int
     trajectories: tuple[Trajectory, ...]
+
+    @property
+    def paused(self) -> Bool[Tensor, "B"]:
+        """Rows that go on in the next step; their outcome is not known yet."""
+        return torch.tensor([t.finish is Finish.PAUSED for t in self.trajectories])
+
+    @property
+    def fresh(self) -> Bool[Tensor, "B T"]:
+        """Tokens sampled in this step; those before were trained on in an earlier one."""
+        first = torch.tensor([t.fresh_from for t in self.trajectories])
+        return torch.arange(self.response_ids.shape[1]) >= first[:, None]
 
     def rows(self, index: Int[Tensor, "R"]) -> "Rollouts":
         """The given rows, cut to the longest response among them."""
@@ -156,6 +171,10 @@ class Credit:
     """Tokens that enter the policy loss; a subset of `action_mask`."""
     importance: Float[Tensor, "B T"] | None = None
     """Detached sampler-vs-trainer weights on the policy term; None = 1 everywhere."""
+    likelihood: Float[Tensor, "B T"] | None = None
+    """Weight of -log π added to the loss of each token; None = 0 everywhere."""
+    kl_weight: Float[Tensor, "B T"] | None = None
+    """Weight of the KL to the reference added to the loss of each token; None = 0 everywhere."""
     critic_targets: CriticTargets | None = None
     """None: the critic learns nothing from this step."""
     metrics: Metrics = field(default_factory=dict[str, Measure])

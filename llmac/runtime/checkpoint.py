@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy
 import torch
 
+from llmac.core.protocols import Stateful
 from llmac.errors import CheckpointError
 from llmac.runtime.context import Runtime
 
@@ -422,3 +423,38 @@ def _fsync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Remembered:
+    """A role for what remembers in plain data and knows no files: each rank has its own file."""
+
+    def __init__(self, what: Stateful, runtime: Runtime) -> None:
+        """Nothing is read before `save`.
+
+        Args:
+            what: asked for its `state`.
+            runtime: whose rank.
+        """
+        self._what = what
+        self._runtime = runtime
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's state."""
+        torch.save(self._what.state(), self._path(directory))
+
+    def load(self, directory: Path) -> None:
+        """Continue from this rank's state.
+
+        Raises:
+            CheckpointError: another number of ranks wrote the checkpoint.
+        """
+        path = self._path(directory)
+        if not path.exists():
+            raise CheckpointError(
+                f"{directory} has no {path.name}: what each rank remembers cannot be spread over another number of "
+                "processes; continue with as many as wrote the checkpoint"
+            )
+        self._what.restore(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _path(self, directory: Path) -> Path:
+        return directory / f"rank-{self._runtime.rank}.pt"

@@ -231,7 +231,7 @@ def test_values_are_refused_where_nothing_would_read_them_and_asked_for_where_so
 def test_a_missing_reference_or_entropy_is_named():
     rollouts = ragged(reference=False)
     with pytest.raises(
-        ValueError, match=r"kl_coef of RLOO is 0\.1, and the rollouts carry no ref_logprobs"
+        ValueError, match=r"RLOO has a KL term .kl_coef is 0\.1., and the rollouts carry no ref_logprobs"
     ):
         card("rloo", kl_coef=0.1).credit(rollouts, None)
     grpo = card("grpo", kl_coef=0.1)
