@@ -106,6 +106,7 @@ def train(run: Run, parts: Parts) -> None:
     """
     algorithm, actor, critic, engine = parts.algorithm, parts.actor, parts.critic, parts.engine
     log, phase, runtime, memory = parts.log, parts.phases, parts.runtime, parts.memory
+    observer = critic if isinstance(critic, Observer) else None
     moved = False
 
     with phase("start"):
@@ -142,8 +143,8 @@ def train(run: Run, parts: Parts) -> None:
 
         # 3. Value: V(s) exactly where the algorithm wants it. No critic, no values.
         with phase("values"):
-            asked = critic is not None and algorithm.uses_values
-            values = critic.values(rollouts, algorithm.segments(rollouts)) if asked else None
+            asked = critic if algorithm.uses_values else None
+            values = asked.values(rollouts, algorithm.segments(rollouts)) if asked else None
 
         # 4. Credit: who deserves what. With the loss, this *is* the algorithm; pure, but for a memory it may keep.
         with phase("adv"):
@@ -159,8 +160,8 @@ def train(run: Run, parts: Parts) -> None:
         if critic and credit.critic_targets:
             with phase("update_critic"):
                 log.add(critic.update(rollouts, credit.critic_targets))
-        if isinstance(critic, Observer):
-            log.add(critic.observe(rollouts))
+        if observer is not None:
+            log.add(observer.observe(rollouts))
 
         # 6. Sync: the next step samples the new policy.
         with phase("sync"):

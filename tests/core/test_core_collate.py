@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmac.core.collate import collate
-from llmac.core.types import Finish, Prompt, Trajectory
+from llmac.core.types import Finish, Prompt, Rollouts, Trajectory
 
 
 def trajectory(ids, *, mask=None, reward=1.0, finish=Finish.STOP, group=0, name="p0"):
@@ -55,6 +55,28 @@ def test_a_response_without_tokens_is_a_row_with_an_empty_mask():
 def test_a_missing_reward_names_the_prompt():
     with pytest.raises(ValueError, match="gsm8k/41 has no reward"):
         collate([trajectory([3]), trajectory([3], reward=None, name="gsm8k/41")], length_limit=8)
+
+
+def test_a_paused_response_needs_no_reward_yet_and_counts_as_truncated():
+    rows = [
+        dataclasses.replace(trajectory([4, 5, 6], reward=None, finish=Finish.PAUSED), fresh_from=1),
+        trajectory([8, 9]),
+    ]
+    batch = collate(rows, length_limit=16)
+    assert batch.rewards.tolist() == [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    assert batch.truncated.tolist() == [True, False]
+    names = [field.name for field in dataclasses.fields(batch)]
+    rollouts = Rollouts(
+        **{name: getattr(batch, name) for name in names},
+        old_logprobs=batch.sampler_logprobs,
+        ref_logprobs=None,
+    )
+    assert rollouts.paused.tolist() == [True, False]
+    assert (rollouts.fresh & rollouts.action_mask).tolist() == [
+        [False, True, True],
+        [True, True, False],
+    ]
+    assert rollouts.rows(torch.tensor([0])).paused.tolist() == [True]
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf])
