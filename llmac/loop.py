@@ -18,6 +18,7 @@ from llmac.core.measures import Max, Mean, Metrics, Sum
 from llmac.core.protocols import (
     Critic,
     Metered,
+    NeedsRollouts,
     Observer,
     RolloutEngine,
     RolloutPlan,
@@ -106,6 +107,7 @@ def train(run: Run, parts: Parts) -> None:
     """
     algorithm, actor, critic, engine = parts.algorithm, parts.actor, parts.critic, parts.engine
     log, phase, runtime, memory = parts.log, parts.phases, parts.runtime, parts.memory
+    replays = isinstance(parts.plan, NeedsRollouts)
     observer = critic if isinstance(critic, Observer) else None
     moved = False
 
@@ -134,7 +136,8 @@ def train(run: Run, parts: Parts) -> None:
                 seed=seed_of(run.seed, step, runtime.rank),
                 sum_across=runtime.sum,
             )
-        check_versions(trajectories, engine.policy_version)
+        if not replays:
+            check_versions(trajectories, engine.policy_version)
 
         # 2. Look: pad, then log-probs of the trained policy (and of the reference, if the algorithm asks).
         with phase("old_log_prob"):
@@ -207,7 +210,7 @@ def resume(parts: Parts) -> int:
     """Restore the newest checkpoint; returns the steps done, 0 on a fresh run."""
     latest = parts.checkpoints.latest()
     done = parts.checkpoints.restore_latest(parts.roles)
-    if done and parts.prompts.epoch == 0:
+    if done and parts.prompts.epoch == 0 and not isinstance(parts.plan, NeedsRollouts):
         raise ConsistencyError(
             f"step {done} was restored, but the prompts are at their beginning: the run would see them again"
         )

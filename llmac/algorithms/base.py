@@ -166,6 +166,15 @@ class Algorithm:
         """The policy term of each token, to be minimised, and what is worth watching about it."""
         raise NotImplementedError(f"{type(self).__name__} must say what `surrogate` is")
 
+    def policy_term(
+        self, logprobs: Float[Tensor, "B T"], rollouts: Rollouts, credit: Credit
+    ) -> tuple[Float[Tensor, "B T"], dict[str, Measure]]:
+        """`surrogate` of these rows. A card overrides it where that needs more: steps, a
+        reference."""
+        mask = credit.policy_mask
+        old_logprobs = rollouts.old_logprobs.masked_fill(~mask, 0.0)
+        return self.surrogate(logprobs, old_logprobs, credit.advantages, mask)
+
     def loss_weight(self, rollouts: Rollouts, credit: Credit) -> Float[Tensor, ""]:
         """The weight `policy_loss` will return for these rows, known before any forward pass."""
         return aggregation_weight(credit.policy_mask, self.aggregation)
@@ -196,7 +205,7 @@ class Algorithm:
         # zero in backward.
         logprobs = logprobs.masked_fill(~mask, 0.0)
         old_logprobs = rollouts.old_logprobs.masked_fill(~mask, 0.0)
-        per_token, watched = self.surrogate(logprobs, old_logprobs, credit.advantages, mask)
+        per_token, watched = self.policy_term(logprobs, rollouts, credit)
         if credit.importance is not None:
             per_token = per_token * credit.importance
         if credit.likelihood is not None:

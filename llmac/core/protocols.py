@@ -202,3 +202,13 @@ class Stateful(Protocol):
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         ...
+
+
+@runtime_checkable
+class NeedsRollouts(Protocol):
+    """A plan that replays stored responses. `build` reads them and hands over this rank's share."""
+
+    path: str
+    """File of stored rollouts."""
+    stored: Sequence[Trajectory] | None
+    """This rank's share; None before `build`."""
