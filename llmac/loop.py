@@ -287,13 +287,14 @@ def check_versions(trajectories: Sequence[Trajectory], version: int) -> None:
 
 
 def describe(rollouts: Rollouts) -> Metrics:
-    """What is always worth knowing of a step's responses."""
-    lengths = rollouts.action_mask.sum(1)
+    """What is always worth knowing of a step's responses: lengths of those that ended, tokens sampled in this step."""
+    ended = ~rollouts.paused
+    lengths, count = rollouts.action_mask.sum(1)[ended], float(ended.sum())
     return {
-        "response_length/mean": Mean(lengths.sum(), float(len(lengths))),
+        "response_length/mean": Mean(lengths.sum(), count),
         "response_length/max": Max(float(lengths.max()) if len(lengths) else 0.0),
-        "response_length/clip_ratio": Mean(rollouts.truncated.sum(), float(len(lengths))),
-        "rollout/tokens": Sum(lengths.sum()),
+        "response_length/clip_ratio": Mean(rollouts.truncated[ended].sum(), count),
+        "rollout/tokens": Sum((rollouts.action_mask & rollouts.fresh).sum()),
     }
 
 

@@ -169,8 +169,7 @@ class Algorithm:
     def policy_term(
         self, logprobs: Float[Tensor, "B T"], rollouts: Rollouts, credit: Credit
     ) -> tuple[Float[Tensor, "B T"], dict[str, Measure]]:
-        """`surrogate` of these rows. A card overrides it where that needs more: steps, a
-        reference."""
+        """`surrogate` of these rows; for cards that need more for it: steps, a reference."""
         mask = credit.policy_mask
         old_logprobs = rollouts.old_logprobs.masked_fill(~mask, 0.0)
         return self.surrogate(logprobs, old_logprobs, credit.advantages, mask)
