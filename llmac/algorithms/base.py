@@ -211,7 +211,7 @@ class Algorithm:
             per_token = per_token - credit.likelihood * logprobs
         if credit.kl_weight is not None:
             reference = _reference(self, rollouts).masked_fill(~mask, 0.0)
-            per_token = per_token + credit.kl_weight * kl_estimate(logprobs, reference, "k3")
+            per_token = per_token + credit.kl_weight * kl_estimate(logprobs, reference, "k3+")
         total, weight = self._aggregate(per_token, rollouts, mask)
 
         moved = log_ratio(logprobs, old_logprobs).detach()
