@@ -8,8 +8,8 @@ from torch import Tensor
 
 from llmac.core.losses import MAX_LOG_RATIO
 from llmac.core.masking import masked_var
-from llmac.core.measures import Max, Mean, Measure
-from llmac.core.types import AllSum, identity
+from llmac.core.measures import Last, Max, Mean, Measure
+from llmac.core.types import AllSum, CriticTargets, Values, identity
 
 
 def explained_variance(
@@ -146,3 +146,71 @@ def advantage_by_outcome(
         f"critic/advantages/{name}/mean": Mean(advantages.where(part, 0.0).sum(), float(part.sum()))
         for name, part in (("good", good), ("bad", mask & ~good))
     }
+
+
+def critic_health(
+    values: Values,
+    targets: CriticTargets,
+    outcomes: Float[Tensor, "B"],
+    *,
+    threshold: float = 0.5,
+    sum_across: AllSum = identity,
+) -> dict[str, Measure]:
+    """Whether the critic over-estimates, and in which part of a response it knows something.
+
+    Over the states that have a target, with G the target, r the outcome of the response, and
+    A = r - V the advantage at λ = 1:
+
+        critic/value_bias               mean V - mean G, unit of reward; positive = over-estimates
+        critic/advantage_asymmetry      (|mean A of failures| / mean A of successes) / odds
+        critic/vf_explained_var/first   explained variance of the first third of the positions of
+                                        each response; also /middle and /last
+
+    odds = states of successes / states of failures. For a calibrated critic and γ = 1,
+    P(fail)·E[V|fail] = E[V(1-V)] = P(succ)·E[1-V|succ]: the two means relate as the odds, not as
+    1, and the asymmetry is 1; above 1, the critic over-estimates. Absent when one outcome is missing
+    or the successes have no positive advantage: then it is undefined, not 0.
+
+    Args:
+        values: what the critic said before the update.
+        targets: what it should have said, and where.
+        outcomes: outcome reward of each response.
+        threshold: a response is a success if its outcome is above, unit of reward.
+        sum_across: sums over ranks; every rank calls.
+
+    Returns:
+        Metrics of the whole step; the same names on every rank.
+
+    >>> mask = torch.tensor([[True]] * 4)
+    >>> outcomes = torch.tensor([1., 0., 0., 0.])
+    >>> values = Values(at=torch.full((4, 1), .5), starts=mask, bootstrap=torch.zeros(4))
+    >>> targets = CriticTargets(returns=outcomes[:, None], value_mask=mask, old_values=values.at)
+    >>> health = critic_health(values, targets, outcomes)
+    >>> health["critic/value_bias"].value, health["critic/advantage_asymmetry"].value
+    (0.25, 3.0)
+    """
+    mask, said = targets.value_mask, values.at
+    errors = (said - targets.returns).where(mask, 0.0)
+    metrics: dict[str, Measure] = {"critic/value_bias": Mean(errors.sum(), float(mask.sum()))}
+
+    good = mask & (outcomes > threshold)[:, None]
+    bad = mask & ~good
+    advantages = (outcomes[:, None] - said).double()
+    sums = [advantages.where(good, 0.0).sum(), advantages.where(bad, 0.0).sum()]
+    counts = [good.sum().double(), bad.sum().double()]
+    won, lost, wins, losses = (float(x) for x in sum_across(torch.stack([*sums, *counts])))
+    if wins and losses and won > 0:
+        asymmetry = (abs(lost) / losses) / (won / wins) / (wins / losses)
+        metrics["critic/advantage_asymmetry"] = Last(asymmetry)
+
+    for name, part in zip(("first", "middle", "last"), _thirds(mask), strict=True):
+        explained = explained_variance(said, targets.returns, part, sum_across=sum_across)
+        metrics[f"critic/vf_explained_var/{name}"] = Last(explained)
+    return metrics
+
+
+def _thirds(mask: Bool[Tensor, "B T"]) -> list[Bool[Tensor, "B T"]]:
+    """The counted positions of each row, cut into three parts as equal as can be."""
+    before = mask.cumsum(dim=1) - mask.long()
+    third = 3 * before // mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return [mask & (third == index) for index in range(3)]
