@@ -12,6 +12,8 @@ row to `docs/algorithms.md`; tests are parametrised over the registry. Out of tr
 
 ALGORITHMS: dict[str, str] = {
     "ppo": "llmac.algorithms.ppo:PPO",
+    "vapo": "llmac.algorithms.vapo:VAPO",
+    "a2c": "llmac.algorithms.a2c:A2C",
     "grpo": "llmac.algorithms.grpo:GRPO",
     "dr_grpo": "llmac.algorithms.dr_grpo:DrGRPO",
     "dapo": "llmac.algorithms.dapo:DAPO",

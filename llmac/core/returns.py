@@ -57,7 +57,7 @@ def segment_gae(
         starts = starts & action_mask
     width = rewards.shape[1]
     values = values.where(starts, 0.0)
-    discount, decay = _columns(gamma, rewards), _columns(lam, rewards)
+    discount, decay = columns(gamma, rewards), columns(lam, rewards)
     reward, value, start = rewards.unbind(1), values.unbind(1), starts.unbind(1)
 
     segment_reward, next_value, next_advantage = (
@@ -78,7 +78,7 @@ def segment_gae(
 
     if not advantages:
         return torch.zeros_like(rewards)
-    belongs = _spread_from(starts, torch.stack(advantages[::-1], dim=1))
+    belongs = spread_from_starts(torch.stack(advantages[::-1], dim=1), starts)
     return belongs if action_mask is None else belongs.where(action_mask, 0.0)
 
 
@@ -133,12 +133,32 @@ def place_outcome_rewards(
     return outcomes[:, None] * last
 
 
-def _columns(rate: float | Tensor, like: Tensor) -> Sequence[float | Tensor]:
+def columns(
+    rate: float | Float[Tensor, "B T"], like: Float[Tensor, "B T"]
+) -> Sequence[float | Float[Tensor, "B"]]:
+    """A rate as one entry for each token position, be it one number or one a token.
+
+    >>> columns(0.5, torch.zeros(1, 2))
+    [0.5, 0.5]
+    """
     return rate.to(like.dtype).unbind(1) if isinstance(rate, Tensor) else [rate] * like.shape[1]
 
 
-def _spread_from(starts: Tensor, x: Tensor) -> Tensor:
-    """Every position gets the entry of the last start at or before it; 0 where there is none."""
+def spread_from_starts(
+    x: Float[Tensor, "B T"], starts: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Give every token what stands at the start of its segment.
+
+    Args:
+        x: anything where `starts` is False.
+        starts: True begins a segment.
+
+    Returns:
+        x at the last start at or before each token; 0 before the first.
+
+    >>> spread_from_starts(torch.tensor([[1., 2., 3.]]), torch.tensor([[False, True, False]]))
+    tensor([[0., 2., 2.]])
+    """
     position = torch.arange(x.shape[1], device=x.device).expand_as(x)
     source = position.where(starts, -1).cummax(dim=1).values
     return x.gather(1, source.clamp(min=0)).where(source >= 0, 0.0)

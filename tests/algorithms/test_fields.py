@@ -18,6 +18,7 @@ from .making import card, card_class, entropy_of, moved, ragged, values_for
 
 K3 = {"kl_coef": 0.1, "kl_estimator": "k3", "kl_placement": "loss"}
 CORRECTED = {"mismatch": "token_truncate"}
+STALE = {"off_policy": "vtrace"}
 FLIPS = {
     # field: (what must be on for it to matter, its new value)
     "group_size": ({}, 6),
@@ -38,10 +39,19 @@ FLIPS = {
     "scale": ({}, "none"),
     "scale_eps": ({}, 0.5),
     "gamma": ({}, 0.9),
-    "lam": ({}, 0.5),
+    "lam": ({"lam_rule": "fixed"}, 0.5),
+    "lam_rule": ({"lam_rule": "fixed"}, "length"),
+    "lam_alpha": ({"lam_rule": "length"}, 0.9),
+    "doubt_below": ({"lam_rule": "doubt", "lam": 0.5}, 0.5),
     "critic_lam": ({}, 0.5),
-    "whiten_advantages": ({}, False),
+    "off_policy": ({}, "vtrace"),
+    "rho_max": ({"off_policy": "vtrace"}, 1.3),
+    "c_max": ({"off_policy": "vtrace"}, 0.8),
+    "advantage_clip": ({}, 0.2),
+    "whiten_advantages": ({"whiten_advantages": True}, False),
     "on_truncation": ({}, "bootstrap"),
+    "likelihood_coef": ({}, 0.3),
+    "correct_above": ({}, -1.0),
     "overlong_buffer_tokens": ({}, 5),
     "overlong_penalty": ({}, 0.5),
     "cap_low": ({}, 0.95),
@@ -63,6 +73,7 @@ def everything_about(algorithm: Algorithm) -> list:
         credit.advantages,
         credit.policy_mask,
         torch.ones(1) if credit.importance is None else credit.importance,
+        torch.zeros(1) if credit.likelihood is None else credit.likelihood,
         loss.total,
         loss.weight,
         gradient,
@@ -137,6 +148,30 @@ def test_cards_are_frozen_hashable_and_documented(name):
         ("ppo", {"gamma": 1.5}, "gamma of PPO must be in"),
         ("ppo", {"lam": -0.1}, "lam of PPO must be in"),
         ("ppo", {"critic_lam": 2.0}, "critic_lam of PPO must be None, or in"),
+        ("ppo", {"lam": math.nan}, "lam of PPO must be in"),
+        ("ppo", {"lam_rule": "doubt"}, "lam of PPO must be below 1 when lam_rule is doubt"),
+        ("vapo", {"lam": 0.95}, "lam of VAPO .* no effect; set lam_rule to fixed or doubt"),
+        ("vapo", {"lam_alpha": 0.0}, "lam_alpha of VAPO must be finite and above 0"),
+        ("ppo", {"lam_alpha": 1.0}, "lam_alpha of PPO .* no effect; set lam_rule to length"),
+        (
+            "ppo",
+            {"lam_rule": "doubt", "lam": 0.9, "doubt_below": 1.0},
+            "doubt_below of PPO must be between 0 and 1",
+        ),
+        ("ppo", {"doubt_below": 0.5}, "doubt_below of PPO .* no effect; set lam_rule to doubt"),
+        ("a2c", {"advantage_clip": 0.0}, "advantage_clip of A2C must be None, or finite and"),
+        ("ppo", {"rho_max": 2.0}, "rho_max of PPO .* no effect; set off_policy to vtrace"),
+        ("ppo", {"c_max": 0.5}, "c_max of PPO .* no effect; set off_policy to vtrace"),
+        ("ppo", {**STALE, "rho_max": 0.0}, "rho_max of PPO must be above 0"),
+        ("ppo", {**STALE, "c_max": 2.0}, "c_max of PPO must be above 0 and at most rho_max, 1.0"),
+        ("ppo", {**STALE, **CORRECTED}, "off_policy of PPO must be none where mismatch is on"),
+        ("vapo", {"likelihood_coef": -0.1}, "likelihood_coef of VAPO must be finite and at least"),
+        ("vapo", {"correct_above": math.inf}, "correct_above of VAPO must be finite"),
+        (
+            "vapo",
+            {"likelihood_coef": 0.0, "correct_above": 0.9},
+            "correct_above of VAPO .* no effect; set likelihood_coef above 0",
+        ),
         ("reinforce_pp", {"gamma": math.nan}, "gamma of ReinforcePP must be in"),
         ("grpo", {"clip_low": -0.1}, "clip_low of GRPO must be at least 0"),
         ("grpo", {"clip_high": math.nan}, "clip_high of GRPO must be at least 0"),
@@ -231,7 +266,8 @@ def test_values_are_refused_where_nothing_would_read_them_and_asked_for_where_so
 def test_a_missing_reference_or_entropy_is_named():
     rollouts = ragged(reference=False)
     with pytest.raises(
-        ValueError, match=r"RLOO has a KL term .kl_coef is 0\.1., and the rollouts carry no ref_logprobs"
+        ValueError,
+        match=r"RLOO has a KL term .kl_coef is 0\.1., and the rollouts carry no ref_logprobs",
     ):
         card("rloo", kl_coef=0.1).credit(rollouts, None)
     grpo = card("grpo", kl_coef=0.1)
