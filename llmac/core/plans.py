@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from llmac.core.measures import Last, Measure, Sum
-from llmac.core.protocols import PromptSource, Request, RolloutEngine, SamplingParams, Scorer
+from llmac.core.protocols import (
+    Completion,
+    PromptSource,
+    Request,
+    RolloutEngine,
+    SamplingParams,
+    Scorer,
+)
 from llmac.core.types import AllSum, Prompt, Trajectory, identity
 
 SEED_STRIDE = 1_000_003
@@ -132,7 +139,7 @@ class Flat:
                 params=dataclasses.replace(
                     self.sampling,
                     n=self.group_size,
-                    seed=(seed * SEED_STRIDE + (first_group + index) * self.group_size) % 2**31,
+                    seed=request_seed(seed, (first_group + index) * self.group_size),
                 ),
             )
             for index, prompt in enumerate(prompts)
@@ -148,20 +155,50 @@ class Flat:
                 policy_version=completion.policy_version,
             )
             for index, (prompt, completions) in enumerate(
-                zip(prompts, engine.generate(requests), strict=True)
+                zip(prompts, ask(engine, requests), strict=True)
             )
             for completion in completions
         ]
-        expected = len(prompts) * self.group_size
-        if len(trajectories) != expected:
-            raise ValueError(
-                f"the engine was asked for {self.group_size} responses to each of {len(prompts)} "
-                f"prompts, {expected} in all, and returned {len(trajectories)}"
-            )
         scored = score(trajectories)
         return [
-            scored[start : start + self.group_size] for start in range(0, expected, self.group_size)
+            scored[start : start + self.group_size]
+            for start in range(0, len(scored), self.group_size)
         ]
+
+
+def request_seed(seed: int, number: int) -> int:
+    """The seed of one response of a step; below 2^31, the range of every engine.
+
+        (seed · SEED_STRIDE + number) mod 2^31
+
+    Args:
+        seed: of the step and rank.
+        number: of the response within the step.
+
+    >>> request_seed(1, 5)
+    1000008
+    """
+    return (seed * SEED_STRIDE + number) % 2**31
+
+
+def ask(engine: RolloutEngine, requests: Sequence[Request]) -> list[list[Completion]]:
+    """What the engine answers, after a look at whether that is everything.
+
+    Args:
+        engine: samples.
+        requests: each for `params.n` completions.
+
+    Raises:
+        ValueError: the engine returned fewer or more than it was asked for.
+    """
+    answers = engine.generate(requests)
+    wanted, found = [request.params.n for request in requests], [len(some) for some in answers]
+    if found != wanted:
+        raise ValueError(
+            f"the engine was asked for responses to {len(wanted)} prompts, {sum(wanted)} in all, "
+            f"and returned {sum(found)} to {len(found)}"
+        )
+    return answers
 
 
 def _flatten(groups: Sequence[Group]) -> list[Trajectory]:
