@@ -1,6 +1,7 @@
-"""What every card is: `Algorithm`, and its two reusable halves.
+"""What every card is: `Algorithm`, and its reusable halves.
 
     GroupCredit     who deserves what: siblings of one prompt are each other's baseline
+    CriticCredit    who deserves what: a critic says, in `critic_credit.py`
     ClippedPolicy   how the policy moves: PPO's clipped surrogate
 
 A card takes one or both halves and overrides the cell its paper changes.

@@ -136,7 +136,7 @@ class CriticCredit(Algorithm):
         advantages, returns, metrics = self.estimate(rollouts, values)
 
         # Before clipping and whitening: targets are in the unit of the rewards.
-        value_mask = starts & mask
+        value_mask = starts & self.taught(rollouts)
         targets = CriticTargets(
             returns=returns.masked_fill(~value_mask, 0.0), value_mask=value_mask, old_values=at
         )
@@ -166,7 +166,7 @@ class CriticCredit(Algorithm):
         """Raw advantages, the critic's targets (right where a value is known), and metrics."""
         starts = values.starts & rollouts.action_mask
         at = values.at.masked_fill(~starts, 0.0)
-        rewards, bootstrap = self.shaped_rewards(rollouts), self.bootstrap(values)
+        rewards, bootstrap = self.shaped_rewards(rollouts), self.bootstrap(rollouts, values)
         metrics: dict[str, Measure] = {}
         ratios = None
         if self.off_policy == "vtrace":
@@ -206,7 +206,11 @@ class CriticCredit(Algorithm):
             returns = with_lam(self.critic_lam)[1]
         return advantages, returns, metrics
 
-    def bootstrap(self, values: Values) -> Float[Tensor, "B"]:
+    def taught(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
+        """Tokens before which the critic has a target, if it was asked there."""
+        return self.policy_mask(rollouts)
+
+    def bootstrap(self, rollouts: Rollouts, values: Values) -> Float[Tensor, "B"]:
         """V(s_T) as the card takes it."""
         if self.on_truncation == "terminal":
             return torch.zeros_like(values.bootstrap)
