@@ -1,0 +1,314 @@
+"""States whose true values are known: sampled by the policy, judged by many continuations of each."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llmac.core.collate import collate
+from llmac.core.protocols import Completion, Request, RolloutEngine, SamplingParams, Scorer
+from llmac.core.types import Prompt, Rollouts, Trajectory
+from llmac.errors import ConfigError, DataError, EngineError, RewardError
+
+logger = logging.getLogger(__name__)
+
+STATES_AT_ONCE = 64
+"""Distinct states whose continuations are asked for and judged together."""
+
+Told = Callable[[int, int], None]
+"""Hears how many of how many distinct states are judged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """N states s_t of sampled responses, each with the returns of K continuations.
+
+    State n stands in response `row[n]`, before its token `position[n]`.
+    """
+
+    trajectories: tuple[Trajectory, ...]
+    """The sampled responses, judged; `group` numbers their prompts."""
+    row: Int[Tensor, "N"]
+    position: Int[Tensor, "N"]
+    depth: Float[Tensor, "N"]
+    """Position as a fraction of the response, as asked for: 0 is before the first token."""
+    outcomes: Float[Tensor, "N K"]
+    """Return of each continuation, unit of reward. Equal states share theirs."""
+    success_above: float
+    """A continuation succeeds if its outcome is above, unit of reward."""
+    length_limit: int
+    """Response length, tokens, at which sampling was cut."""
+
+    @property
+    def value(self) -> Float[Tensor, "N"]:
+        """Monte-Carlo estimate of V(s): the mean outcome."""
+        return self.outcomes.mean(1)
+
+    @property
+    def standard_error(self) -> Float[Tensor, "N"]:
+        """Of `value`: s/√K."""
+        return self.outcomes.std(1) / self.outcomes.shape[1] ** 0.5
+
+    @property
+    def prompt(self) -> Int[Tensor, "N"]:
+        """The same integer for states of one prompt."""
+        return torch.tensor([t.group for t in self.trajectories])[self.row]
+
+    @property
+    def succeeded(self) -> Bool[Tensor, "N"]:
+        """Whether the response in which the state stands succeeded in the end."""
+        rewards = torch.tensor([t.reward for t in self.trajectories])
+        return (rewards > self.success_above)[self.row]
+
+    def rollouts(self) -> tuple[Rollouts, Bool[Tensor, "B T"]]:
+        """What a critic is asked about: the responses, and True at the positions of the states."""
+        batch = collate(self.trajectories, length_limit=self.length_limit)
+        starts = torch.zeros_like(batch.action_mask)
+        starts[self.row, self.position] = True
+        rollouts = Rollouts(
+            response_ids=batch.response_ids,
+            action_mask=batch.action_mask,
+            rewards=batch.rewards,
+            truncated=batch.truncated,
+            group=batch.group,
+            sampler_logprobs=batch.sampler_logprobs,
+            old_logprobs=batch.sampler_logprobs,
+            ref_logprobs=None,
+            length_limit=batch.length_limit,
+            trajectories=batch.trajectories,
+        )
+        return rollouts, starts
+
+
+def check_numbers(*, states: int, depths: int, rollouts: int, siblings: int = 1) -> None:
+    """Refuse what cannot be sampled or says nothing, before anything is loaded.
+
+    Raises:
+        ConfigError: names the number.
+    """
+    if depths < 1:
+        raise ConfigError(f"depths must be at least 1, found {depths}")
+    if states < depths:
+        raise ConfigError(
+            f"states is {states} and depths {depths}: every depth needs a state; ask for at least {depths} states"
+        )
+    if rollouts < 2:
+        raise ConfigError(
+            f"rollouts is {rollouts}: the noise of a true value is known from at least 2 continuations; take 64"
+        )
+    if siblings < 1:
+        raise ConfigError(f"siblings must be at least 1, found {siblings}")
+
+
+def sample_states(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    score: Scorer,
+    *,
+    sampling: SamplingParams,
+    states: int = 200,
+    depths: int = 5,
+    rollouts: int = 64,
+    siblings: int = 4,
+    gamma: float = 1.0,
+    success_above: float | None = None,
+    seed: int = 0,
+    told: Told = lambda done, total: None,
+) -> States:
+    """Sample responses, pick states in them, and estimate the true value of each by fresh continuations.
+
+        v(s) = (1/K) Σ_k γ^(n_k - 1) · r_k
+
+    with r_k the reward of the whole response that continuation k completes and n_k its tokens. A continuation is cut
+    where the response would be cut in training, and is rewarded as it would be there.
+
+    Every response has one state at each depth i/depths, i = 0 .. depths - 1: position floor(depth · length). Where a
+    state stands depends on how its response went on, so the response's own reward says nothing fair about it; only
+    the continuations do. Equal states (all at depth 0 of one prompt) are continued once.
+
+    A stop string that begins in the state and ends in its continuation is not seen.
+
+    Args:
+        engine: holds the policy.
+        prompts: as many of them as are needed are drawn, each at most once.
+        score: judges responses; give it counters of its own.
+        sampling: as in training; `n` and `seed` do not matter.
+        states: how many; rounded down to a multiple of `depths`.
+        depths: how many.
+        rollouts: K, continuations of a state; at least 2.
+        siblings: responses to one prompt, more if there are too few prompts. Values of siblings show whether a critic
+            knows more than which prompts are hard.
+        gamma: discount a token.
+        success_above: outcome above which a response counts as a success; None: midway between the worst and the best.
+        seed: of prompts, responses and continuations.
+        told: hears of progress.
+
+    Raises:
+        ConfigError: numbers that say nothing, see `check_numbers`.
+        DataError: no prompts.
+    """
+    check_numbers(states=states, depths=depths, rollouts=rollouts, siblings=siblings)
+    if not prompts:
+        raise DataError("there are no prompts to sample states from; give it some")
+    chosen = _draw_prompts(prompts, states // depths, siblings, seed)
+    trajectories = _respond(engine, chosen, score, sampling, seed)
+    row = torch.arange(len(trajectories)).repeat_interleave(depths)
+    depth = (torch.arange(depths) / depths).repeat(len(trajectories))
+    position = torch.tensor(
+        [len(t.response_ids) * index // depths for t in trajectories for index in range(depths)]
+    )
+    places = list(zip(row.tolist(), position.tolist(), strict=True))
+    outcomes = _continue(
+        engine,
+        trajectories,
+        places,
+        score,
+        sampling,
+        rollouts=rollouts,
+        gamma=gamma,
+        seed=seed,
+        told=told,
+    )
+    if success_above is None:
+        success_above = float(outcomes.min() + outcomes.max()) / 2
+    return States(
+        trajectories=tuple(trajectories),
+        row=row,
+        position=position,
+        depth=depth,
+        outcomes=outcomes,
+        success_above=success_above,
+        length_limit=sampling.max_new_tokens,
+    )
+
+
+def _draw_prompts(
+    prompts: Sequence[Prompt], responses: int, siblings: int, seed: int
+) -> list[tuple[Prompt, int]]:
+    """Prompts and how often each is answered: as evenly as can be."""
+    count = min(len(prompts), max(1, responses // siblings))
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    each, more = divmod(responses, count)
+    return [(prompts[int(p)], each + (n < more)) for n, p in enumerate(order[:count])]
+
+
+def _respond(
+    engine: RolloutEngine,
+    chosen: Sequence[tuple[Prompt, int]],
+    score: Scorer,
+    sampling: SamplingParams,
+    seed: int,
+) -> list[Trajectory]:
+    requests = [
+        Request(prompt_ids=p.token_ids, params=replace(sampling, n=n, seed=_seed(seed, index)))
+        for index, (p, n) in enumerate(chosen)
+    ]
+    return score(
+        [
+            _trajectory(prompt, (), completion, group)
+            for group, ((prompt, n), completions) in enumerate(
+                zip(chosen, _generate(engine, requests), strict=True)
+            )
+            for completion in completions
+        ]
+    )
+
+
+def _continue(
+    engine: RolloutEngine,
+    trajectories: Sequence[Trajectory],
+    places: Sequence[tuple[int, int]],
+    score: Scorer,
+    sampling: SamplingParams,
+    *,
+    rollouts: int,
+    gamma: float,
+    seed: int,
+    told: Told,
+) -> Tensor:
+    """Returns [N, K] of continuations from each place (row, position)."""
+    keys = [(trajectories[row].group, trajectories[row].response_ids[:at]) for row, at in places]
+    # By length, so that those asked together are sampled together.
+    distinct = sorted(dict.fromkeys(keys), key=lambda key: len(key[1]))
+    prompts = {t.group: t.prompt for t in trajectories}
+    found: dict[tuple[int, tuple[int, ...]], list[float]] = {}
+    for part in _parts(distinct):
+        requests = [
+            Request(
+                prompt_ids=(*prompts[group].token_ids, *prefix),
+                params=replace(
+                    sampling,
+                    n=rollouts,
+                    max_new_tokens=sampling.max_new_tokens - len(prefix),
+                    # Other numbers than those of the responses: a state must not see its own future again.
+                    seed=_seed(seed + 1, len(found) + index),
+                ),
+            )
+            for index, (group, prefix) in enumerate(part)
+        ]
+        judged = score(
+            [
+                _trajectory(prompts[group], prefix, completion, len(found) + index)
+                for index, ((group, prefix), completions) in enumerate(
+                    zip(part, _generate(engine, requests), strict=True)
+                )
+                for completion in completions
+            ]
+        )
+        for index, key in enumerate(part):
+            siblings = judged[index * rollouts : (index + 1) * rollouts]
+            found[key] = [_outcome(t, len(key[1]), gamma) for t in siblings]
+        told(len(found), len(distinct))
+    return torch.tensor([found[key] for key in keys])
+
+
+def _parts(
+    distinct: Sequence[tuple[int, tuple[int, ...]]],
+) -> Iterator[Sequence[tuple[int, tuple[int, ...]]]]:
+    for start in range(0, len(distinct), STATES_AT_ONCE):
+        yield distinct[start : start + STATES_AT_ONCE]
+
+
+def _generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[list[Completion]]:
+    answers = engine.generate(requests)
+    wrong = [
+        (request.params.n, len(completions))
+        for request, completions in zip(requests, answers, strict=True)
+        if len(completions) != request.params.n
+    ]
+    if wrong:
+        raise EngineError(
+            f"the engine was asked for {wrong[0][0]} continuations of a state and returned {wrong[0][1]}"
+        )
+    return answers
+
+
+def _trajectory(
+    prompt: Prompt, prefix: tuple[int, ...], completion: Completion, group: int
+) -> Trajectory:
+    ids = (*prefix, *completion.token_ids)
+    return Trajectory(
+        prompt=prompt,
+        response_ids=ids,
+        action_mask=(True,) * len(ids),
+        # Of the prefix nobody asks.
+        sampler_logprobs=(0.0,) * len(prefix) + completion.logprobs,
+        finish=completion.finish,
+        group=group,
+        policy_version=completion.policy_version,
+    )
+
+
+def _outcome(trajectory: Trajectory, position: int, gamma: float) -> float:
+    if trajectory.reward is None:
+        raise RewardError(
+            f"the scorer gave the response to prompt {trajectory.prompt.id} no reward; a true value needs one"
+        )
+    return trajectory.reward * gamma ** (len(trajectory.response_ids) - position - 1)
+
+
+def _seed(seed: int, index: int) -> int:
+    return (seed * 1_000_003 + index) % 2**31
