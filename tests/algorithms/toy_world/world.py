@@ -7,7 +7,7 @@ and an answer that does not end within five tokens is wrong. A policy that knows
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from llmac.algorithms.base import Algorithm
 from llmac.core.collate import collate
 from llmac.core.measures import Metrics
-from llmac.core.protocols import Completion, Critic, Request, SamplingParams
+from llmac.core.protocols import Completion, Request, RolloutPlan, SamplingParams
 from llmac.core.types import Batch, CriticTargets, Finish, Prompt, Rollouts, Trajectory, Values
 
 PROMPTS, SYMBOLS, END, LIMIT = 3, 4, 3, 5
@@ -93,7 +93,7 @@ class TablePolicy(torch.nn.Module):
 
 class TableEngine:
     """Samples from its own copy of the table, as an engine does from its own copy of the
-    weights."""
+    weights. A request is a prompt, or a prompt and the beginning of its response."""
 
     def __init__(self) -> None:
         self.logits = torch.zeros(PROMPTS * STATES_PER_PROMPT, SYMBOLS)
@@ -101,16 +101,28 @@ class TableEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         random = torch.Generator().manual_seed(requests[0].params.seed or 0)
-        prompts = torch.tensor([r.prompt_ids[0] for r in requests for _ in range(r.params.n)])
-        responses, logprobs = torch.zeros(len(prompts), 0, dtype=torch.int64), []
-        for _ in range(requests[0].params.max_new_tokens):
+        answers: dict[int, list[Completion]] = {}
+        for number, alike in _by_shape(requests):
+            rows = iter(self._continue([requests[i] for i in alike], number, random))
+            answers |= {i: list(itertools.islice(rows, requests[i].params.n)) for i in alike}
+        return [answers[i] for i in range(len(requests))]
+
+    def _continue(
+        self, requests: Sequence[Request], number: int, random: torch.Generator
+    ) -> list[Completion]:
+        """`number` more tokens at most, to responses that have begun equally long."""
+        begun = torch.tensor([r.prompt_ids for r in requests for _ in range(r.params.n)])
+        prompts, responses = begun[:, 0], begun[:, 1:]
+        logprobs = []
+        for _ in range(number):
             distribution = self.logits[states(prompts, responses)[:, -1]].log_softmax(-1)
             token = distribution.exp().multinomial(1, generator=random)
             logprobs.append(distribution.gather(-1, token))
             responses = torch.cat([responses, token], dim=1)
-        ended = (responses == END).any(-1).tolist()
-        length = ((responses == END).cumsum(-1) - (responses == END).int() == 0).sum(-1).tolist()
-        rows = [
+        new = responses[:, begun.shape[1] - 1 :]
+        ended = (new == END).any(-1).tolist()
+        length = ((new == END).cumsum(-1) - (new == END).int() == 0).sum(-1).tolist()
+        return [
             Completion(
                 token_ids=tuple(tokens[:n]),
                 logprobs=tuple(said[:n]),
@@ -118,11 +130,9 @@ class TableEngine:
                 policy_version=self.policy_version,
             )
             for tokens, said, n, stopped in zip(
-                responses.tolist(), torch.cat(logprobs, dim=1).tolist(), length, ended, strict=True
+                new.tolist(), torch.cat(logprobs, dim=1).tolist(), length, ended, strict=True
             )
         ]
-        taken = iter(rows)
-        return [list(itertools.islice(taken, r.params.n)) for r in requests]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.logits = dict(weights)["logits"].detach().clone()
@@ -133,6 +143,15 @@ class TableEngine:
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def _by_shape(requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+    """Tokens wanted, and the places of the requests that want as many to as long a beginning."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for i, request in enumerate(requests):
+        shape = len(request.prompt_ids), request.params.max_new_tokens
+        shapes.setdefault(shape, []).append(i)
+    yield from ((number, alike) for (_, number), alike in shapes.items())
 
 
 class TableCritic:
@@ -156,6 +175,14 @@ class TableCritic:
         self.table[seen] += 0.5 * (total[seen] / count[seen] - self.table[seen])
         return {}
 
+    def observe(self, rollouts: Rollouts) -> Metrics:
+        """Learn from outcomes alone, for cards that teach their critic nothing."""
+        outcomes = rollouts.rewards.sum(-1, keepdim=True).expand_as(rollouts.rewards)
+        mask = rollouts.action_mask
+        return self.update(
+            rollouts, CriticTargets(returns=outcomes, value_mask=mask, old_values=outcomes)
+        )
+
 
 def prompts_of(rows: Batch | Rollouts) -> Tensor:
     return torch.tensor([t.prompt.token_ids[0] for t in rows.trajectories])
@@ -171,15 +198,24 @@ def train(
     until: float = 2.0,
     sign: float = 1.0,
     seed: int = 0,
+    plan: RolloutPlan | None = None,
+    critic: TableCritic | None = None,
 ) -> list[float]:
-    """The training loop in small: success rate before each step and after the last."""
+    """The training loop in small: success rate before each step and after the last.
+
+    A plan or a critic from elsewhere takes the place of the card's; such a critic does not observe.
+    """
     torch.manual_seed(seed)
     policy, reference, engine, prompts = TablePolicy(), TablePolicy(), TableEngine(), Prompts()
-    critic: Critic | None = TableCritic() if card.default_critic else None
+    frozen = critic is not None
+    if critic is None and card.default_critic:
+        critic = TableCritic()
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-    plan = card.plan(
+    plan = plan or card.plan(
         prompts_per_step=rows // card.group_size, sampling=SamplingParams(max_new_tokens=LIMIT)
     )
+    memory = card.memory()
+    remembered = {} if memory is None else {"memory": memory}
     history = [policy.success()]
 
     for step in range(steps):
@@ -188,9 +224,11 @@ def train(
             collate(trajectories, length_limit=plan.length_limit), policy, reference, card
         )
         values = critic.values(rollouts, card.segments(rollouts)) if critic else None
-        credit = card.credit(rollouts, values)
-        if critic and credit.critic_targets:
+        credit = card.credit(rollouts, values, **remembered)
+        if credit.critic_targets:
             critic.update(rollouts, credit.critic_targets)
+        elif critic and not frozen:
+            critic.observe(rollouts)
         credit = dataclasses.replace(credit, advantages=sign * credit.advantages)
 
         for index in torch.randperm(len(trajectories)).chunk(minibatches):

@@ -1,0 +1,134 @@
+"""T-PPO: PPO on responses that are still being sampled.
+
+Truncated Proximal Policy Optimization, 2025, arXiv:2506.15050. A step samples a window of tokens
+for each response and trains the policy on them at once, so that no step waits for its longest
+response. Until a response ends, extended GAE bootstraps from a value; the critic learns from
+finished responses. Made from the abstract and accounts of the paper: what they leave open is a
+field with a default of ours. The windows are `core.windowed`. Needs: a critic.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llmac.core.diagnostics import advantage_by_outcome, sampler_gap
+from llmac.core.protocols import RolloutPlan, SamplingParams
+from llmac.core.types import AllSum, Credit, Rollouts, Values, identity
+from llmac.core.windowed import Windowed
+
+from .ppo import PPO
+
+
+@dataclass(frozen=True, kw_only=True)
+class TPPO(PPO):
+    """PPO whose steps hold windows of responses instead of whole ones.
+
+        δ_t = r_t + γ V(s_{t+1}) - V(s_t)
+        Â_t = δ_t + γ λ Â_{t+1}                   policy: fresh tokens, of all responses
+        G_t = Â_t(critic_lam) + V(s_t)            critic: all tokens, of finished responses
+
+    V after the last token s_l of a paused response is V(s_{l-1}) or the critic's V(s_l), as
+    `paused_value` says; of a finished one it is what it is in PPO. Every token is in the policy loss
+    of exactly one step, the one it was sampled in, so the loss is on-policy; its advantage there
+    knows nothing of a reward that comes in a later window, except through the critic. With a window
+    of the length limit this is PPO.
+    """
+
+    critic_lam: float | None = 1.0
+    """GAE's λ for the critic's targets; None: the policy's. 1.0: Monte-Carlo returns, which no value
+    of an unfinished response can bias."""
+    window_tokens: int | None = None
+    """Most new tokens of a response in a step, up to the length limit of sampling. None: a third of
+    that limit, rounded up, at least 2; our choice."""
+    paused_value: Literal["assumed", "critic"] = "assumed"
+    """V(s_l) of a response that goes on. assumed: V(s_{l-1}), as accounts of the paper describe its
+    extended GAE, so the last token of a window has Â = 0 where γ = 1 and nothing is rewarded;
+    critic: the critic's own."""
+
+    def __post_init__(self) -> None:
+        """Refuse windows from which nothing could be learned."""
+        super().__post_init__()
+        self._require(
+            "window_tokens",
+            self.window_tokens is None or self.window_tokens >= 1,
+            "None, or at least 1",
+        )
+        self._require(
+            "window_tokens",
+            self.window_tokens != 1 or self.paused_value == "critic",
+            "at least 2 when paused_value is assumed: nothing is learned from the last token of a "
+            "window then",
+        )
+
+    def plan(self, *, prompts_per_step: int, sampling: SamplingParams) -> RolloutPlan:
+        """A window of tokens for each response, the unfinished carried over.
+
+        Raises:
+            ValueError: the window is longer than a response can be.
+        """
+        limit = sampling.max_new_tokens
+        window = self.window_tokens
+        if window is None:
+            window = min(limit, max(2, -(-limit // 3)))
+        if window > limit:
+            raise ValueError(
+                f"window_tokens of {type(self).__name__} must be at most the length limit of "
+                f"sampling, {limit} tokens, and it is {window}; lower it, leave it unset for a "
+                "third of the limit, or choose ppo, whose responses are never paused"
+            )
+        return Windowed(
+            window_tokens=window,
+            responses_per_step=prompts_per_step * self.group_size,
+            sampling=sampling,
+            group_size=self.group_size,
+        )
+
+    def policy_mask(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
+        """Tokens of this step; with `mask_truncated`, not of responses the length limit has cut."""
+        return rollouts.action_mask & rollouts.fresh & ~self._left_out(rollouts)[:, None]
+
+    def taught(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
+        """Tokens of responses that ended, those of earlier windows included."""
+        without = rollouts.paused | self._left_out(rollouts)
+        return rollouts.action_mask & ~without[:, None]
+
+    def bootstrap(self, rollouts: Rollouts, values: Values) -> Float[Tensor, "B"]:
+        """V after the last token: PPO's where the response ended, `paused_value` where it goes on."""
+        goes_on = values.bootstrap
+        if self.paused_value == "assumed":
+            starts = values.starts & rollouts.action_mask
+            remaining = starts.int().flip(1).cumsum(1).flip(1)
+            goes_on = values.at.where(starts & (remaining == 1), 0.0).sum(1)
+        return torch.where(rollouts.paused, goes_on, super().bootstrap(rollouts, values))
+
+    def credit(
+        self, rollouts: Rollouts, values: Values | None, *, sum_across: AllSum = identity
+    ) -> Credit:
+        """PPO's credit, for what is fresh and for what has ended.
+
+        GAE runs over whole responses. That does not touch the fresh tokens, which are the last, and
+        gives a finished response a target at every token.
+        """
+        credit = super().credit(rollouts, values, sum_across=sum_across)
+        ended = credit.policy_mask & ~rollouts.paused[:, None]
+        fresh = rollouts.action_mask & rollouts.fresh
+        return dataclasses.replace(
+            credit,
+            metrics={
+                **credit.metrics,
+                # A paused response is neither good nor bad yet.
+                **advantage_by_outcome(credit.advantages, ended, rollouts.rewards.sum(-1)),
+                # Tokens of earlier windows were sampled with other weights.
+                **sampler_gap(rollouts.old_logprobs, rollouts.sampler_logprobs, fresh),
+            },
+        )
+
+    def _left_out(self, rollouts: Rollouts) -> Bool[Tensor, "B"]:
+        """Rows cut at the length limit, if those are masked; a paused row is not cut."""
+        if not self.mask_truncated:
+            return torch.zeros_like(rollouts.truncated)
+        return rollouts.truncated & ~rollouts.paused
