@@ -1,9 +1,10 @@
-"""The console script `llmac`: look at a recipe, check it, serve its model, list the algorithms, import a configuration.
+"""The console script `llmac`: look at a recipe, check it, serve its model, sample from it, pre-train its critic.
 
-Training is started by `accelerate launch recipes/train.py`; nothing here loads a model, `serve` has vLLM do it.
+Training is started by `accelerate launch recipes/train.py`.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,51 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
     serve.add_argument("--port", type=int, default=8000, help="to listen on (default 8000)")
     serve.set_defaults(command=_serve)
+    rollouts = commands.add_parser(
+        "rollouts", help="sample and judge responses with a recipe's policy, for value-pretrain"
+    )
+    rollouts.add_argument("recipe", help="a recipe's YAML file")
+    rollouts.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    rollouts.add_argument(
+        "--responses", type=int, required=True, help="how many, rounded up to whole groups"
+    )
+    rollouts.add_argument("--output", type=Path, required=True, help="the new .parquet file")
+    rollouts.set_defaults(command=_rollouts)
+    pretrain = commands.add_parser(
+        "value-pretrain",
+        help="fit a recipe's critic to stored rollouts, to start a run from",
+        epilog="on several GPUs: accelerate launch recipes/value_pretrain.py, with the same arguments. "
+        "Then train with critic.init=<output>/critic",
+    )
+    pretrain.add_argument("recipe", help="a recipe's YAML file")
+    pretrain.add_argument("rollouts", type=Path, help="what `llmac rollouts` wrote")
+    pretrain.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    pretrain.add_argument(
+        "--output", type=Path, required=True, help="folder for critic/ and metrics.jsonl"
+    )
+    pretrain.add_argument(
+        "--epochs", type=int, default=4, help="most passes over the rollouts (default 4)"
+    )
+    pretrain.add_argument(
+        "--held-out",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="of the prompts, to tell the best epoch by (default 0.1)",
+    )
+    pretrain.add_argument(
+        "--patience",
+        type=int,
+        default=2,
+        help="stop after so many epochs without a better one (default 2)",
+    )
+    pretrain.add_argument(
+        "--lam",
+        type=float,
+        default=1.0,
+        help="of the returns; 1: what came of the response (default 1)",
+    )
+    pretrain.set_defaults(command=_value_pretrain)
     algorithms = commands.add_parser("algorithms", help="list algorithms and critics")
     algorithms.set_defaults(command=_algorithms)
     bring = commands.add_parser(
@@ -162,6 +208,43 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     serve(recipe, host=arguments.host, port=arguments.port, more=arguments.vllm_words)
+
+
+def _rollouts(arguments: argparse.Namespace) -> int:
+    _talk()
+    from llmac.config import load_recipe
+    from llmac.sample_rollouts import sample_rollouts
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(sample_rollouts(recipe, arguments.output, responses=arguments.responses).line())
+    return 0
+
+
+def _value_pretrain(arguments: argparse.Namespace) -> int:
+    _talk()
+    from llmac.config import load_recipe
+    from llmac.value_pretrain import Pretraining, value_pretrain
+
+    how = Pretraining(
+        epochs=arguments.epochs,
+        held_out=arguments.held_out,
+        patience=arguments.patience,
+        lam=arguments.lam,
+    )
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    done = value_pretrain(recipe, arguments.rollouts, arguments.output, how)
+    if done.is_main:
+        print(done.line())
+    return 0
+
+
+def _talk() -> None:
+    """What a command that works for a while says meanwhile goes to standard error."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.captureWarnings(True)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _algorithms(arguments: argparse.Namespace) -> int:
