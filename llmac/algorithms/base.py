@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llmac.core.budgeted import Budgeted
 from llmac.core.diagnostics import advantage_by_outcome, sampler_gap
 from llmac.core.importance import importance_weights
 from llmac.core.kl import kl_estimate, kl_shaped_rewards
@@ -418,9 +419,21 @@ class GroupCredit(Algorithm):
     max_sampling_rounds: int = 10
     """Generation rounds after which a step makes do with the groups it has. 10 in verl's DAPO
     recipe."""
+    allocation: Literal["equal", "failures", "mixed"] = "equal"
+    """How the responses of a step, group_size a prompt on average, are divided: equal; failures:
+    the most expected failures that have a successful sibling (reported of V_0, arXiv:2602.03584);
+    mixed: the most groups in which rewards differ. Both ask the critic what prompts are worth."""
+    min_responses: int = 2
+    """Least responses to a prompt when they are divided. Our choice: the fewest that compare."""
+    max_responses: int | None = None
+    """Most responses to a prompt when they are divided; None: four times group_size. Our choice:
+    without it, failures may give the hardest prompt nearly all."""
+    reward_range: tuple[float, float] = (0.0, 1.0)
+    """Outcome of a failure and of a success when responses are divided: what makes the value of a
+    prompt a chance."""
 
     def __post_init__(self) -> None:
-        """Refuse groups without siblings."""
+        """Refuse groups without siblings, and two ways to deal with prompts that teach nothing."""
         super().__post_init__()
         self._require(
             "group_size",
@@ -431,9 +444,46 @@ class GroupCredit(Algorithm):
         self._without_effect(
             "max_sampling_rounds", not self.dynamic_sampling, "set dynamic_sampling to true"
         )
+        for name in ("min_responses", "max_responses", "reward_range"):
+            self._without_effect(
+                name, self.allocation == "equal", "set allocation to failures or mixed"
+            )
+        self._require(
+            "allocation",
+            self.allocation == "equal" or not self.dynamic_sampling,
+            "equal when dynamic_sampling is true: both deal with prompts that teach nothing",
+        )
+        self._require(
+            "min_responses",
+            2 <= self.min_responses <= self.group_size,
+            f"at least 2 and at most group_size, {self.group_size}",
+        )
+        most = self.max_responses
+        self._require(
+            "max_responses",
+            most is None or most >= self.group_size,
+            f"None, or at least group_size, {self.group_size}",
+        )
+        low, high = self.reward_range
+        self._require("reward_range", -math.inf < low < high < math.inf, "(lower, higher)")
+
+    @property
+    def wanted_critic(self) -> str | None:
+        """None where all groups are equal; else one that says what prompts are worth."""
+        return "prompt_value" if self.allocation != "equal" else self.default_critic
 
     def plan(self, *, prompts_per_step: int, sampling: SamplingParams) -> RolloutPlan:
-        """`group_size` samples a prompt; with dynamic sampling, of informative prompts only."""
+        """`group_size` samples to each prompt, on average, or to informative ones only."""
+        if self.allocation != "equal":
+            return Budgeted(
+                flat=Flat(
+                    group_size=self.group_size, prompts_per_step=prompts_per_step, sampling=sampling
+                ),
+                utility=self.allocation,
+                min_responses=self.min_responses,
+                max_responses=self.max_responses or 4 * self.group_size,
+                reward_range=self.reward_range,
+            )
         if not self.dynamic_sampling:
             return super().plan(prompts_per_step=prompts_per_step, sampling=sampling)
         return Flat(

@@ -1,6 +1,7 @@
 """Which responses are sampled for which prompts. A plan asks an engine; it never imports one."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ class Flat:
                 `rollout/groups_filled`: all-equal groups returned for want of better ones.
         """
         if not self.informative_only:
-            groups = self._sample(
+            groups = self.sample(
                 engine, prompts.take(self.prompts_per_step), score, seed=seed, first_group=0
             )
             return _flatten(groups), {}
@@ -104,7 +105,7 @@ class Flat:
         missing, rounds = self.prompts_per_step, 0
         while missing and rounds < self.max_rounds:
             drawn = len(informative) + len(uninformative)
-            for group in self._sample(
+            for group in self.sample(
                 engine, prompts.take(missing), score, seed=seed, first_group=drawn
             ):
                 (informative if len({t.reward for t in group}) > 1 else uninformative).append(group)
@@ -123,7 +124,7 @@ class Flat:
             "rollout/groups_filled": Sum(float(len(filled))),
         }
 
-    def _sample(
+    def sample(
         self,
         engine: RolloutEngine,
         prompts: Sequence[Prompt],
@@ -131,18 +132,34 @@ class Flat:
         *,
         seed: int,
         first_group: int,
+        sizes: Sequence[int] | None = None,
     ) -> list[Group]:
+        """Scored responses to each of the prompts.
+
+        Args:
+            engine: samples.
+            prompts: any number.
+            score: sets the rewards.
+            seed: of this step and rank.
+            first_group: number of the first prompt's group; the step has that many already.
+            sizes: responses to each prompt; None: `group_size` to all.
+
+        Raises:
+            ValueError: the engine returned fewer or more than it was asked for.
+        """
+        sizes = [self.group_size] * len(prompts) if sizes is None else sizes
+        starts = [0, *itertools.accumulate(sizes)]
         # Every group has a seed of its own; the engine derives those of the siblings from it.
         requests = [
             Request(
                 prompt_ids=prompt.token_ids,
                 params=dataclasses.replace(
                     self.sampling,
-                    n=self.group_size,
-                    seed=request_seed(seed, (first_group + index) * self.group_size),
+                    n=size,
+                    seed=request_seed(seed, first_group * self.group_size + start),
                 ),
             )
-            for index, prompt in enumerate(prompts)
+            for prompt, size, start in zip(prompts, sizes, starts[:-1], strict=True)
         ]
         trajectories = [
             Trajectory(
@@ -160,10 +177,7 @@ class Flat:
             for completion in completions
         ]
         scored = score(trajectories)
-        return [
-            scored[start : start + self.group_size]
-            for start in range(0, len(scored), self.group_size)
-        ]
+        return [scored[start:end] for start, end in itertools.pairwise(starts)]
 
 
 def request_seed(seed: int, number: int) -> int:

@@ -12,18 +12,22 @@ import torch
 
 from llmac.algorithms import ALGORITHMS
 from llmac.algorithms.base import Algorithm
-from llmac.core.protocols import SamplingParams
+from llmac.core.protocols import AsksPromptValues, SamplingParams
+from llmac.core.types import Finish, Rollouts
 
 from .making import card, card_class, entropy_of, moved, ragged, values_for
 
 K3 = {"kl_coef": 0.1, "kl_estimator": "k3", "kl_placement": "loss"}
 CORRECTED = {"mismatch": "token_truncate"}
 STALE = {"off_policy": "vtrace"}
+OPEN_GATE = {"gate_threshold": 0.002, "gate_bounds": (0.0, 0.6)}
+MIXED = {"allocation": "mixed"}
+DIVIDED = {"dynamic_sampling": False, **MIXED}
 FLIPS = {
     # field: (what must be on for it to matter, its new value)
     "group_size": ({}, 6),
     "mask_truncated": ({}, True),
-    "aggregation": ({}, "sequence_mean_token_sum"),
+    "aggregation": ({"step_tokens": 3}, "sequence_mean_token_sum"),
     "entropy_coef": ({}, 0.1),
     "kl_coef": ({}, 0.1),
     "kl_estimator": (K3, "k2"),
@@ -36,6 +40,10 @@ FLIPS = {
     "dual_clip": ({}, 1.1),
     "dynamic_sampling": ({"dynamic_sampling": False}, True),
     "max_sampling_rounds": ({"dynamic_sampling": True}, 3),
+    "allocation": ({"dynamic_sampling": False}, "failures"),
+    "min_responses": (DIVIDED, 3),
+    "max_responses": (DIVIDED, 20),
+    "reward_range": (DIVIDED, (-1.0, 1.0)),
     "scale": ({}, "none"),
     "scale_eps": ({}, 0.5),
     "gamma": ({}, 0.9),
@@ -52,6 +60,24 @@ FLIPS = {
     "on_truncation": ({}, "bootstrap"),
     "likelihood_coef": ({}, 0.3),
     "correct_above": ({}, -1.0),
+    "values_at": ({}, "every_token"),
+    "advantage_scale": ({}, "running"),
+    "gate": ({"gate_threshold": 0.002}, "asymmetric"),
+    "gate_coef": (OPEN_GATE, 0.2),
+    "gate_threshold": ({"gate_bounds": (0.0, 0.6)}, 0.002),
+    "gate_bounds": ({"gate_threshold": 0.002}, (0.0, 0.6)),
+    "gate_decay": (OPEN_GATE, 0.5),
+    "pid_gains": (OPEN_GATE, (3.0, 0.0, 0.0)),
+    "phase_window": (OPEN_GATE, 1),
+    "converged_at": ({**OPEN_GATE, "phase_window": 1}, 0.1),
+    "beta": ({}, 0.5),
+    "log_ratio_clamp": ({}, 0.1),
+    "normalize": ({}, True),
+    "step_tokens": ({}, 3),
+    "step_token_ids": ({}, (2,)),
+    "rollouts": ({}, "stored.parquet"),
+    "window_tokens": ({}, 5),
+    "paused_value": ({}, "critic"),
     "overlong_buffer_tokens": ({}, 5),
     "overlong_penalty": ({}, 0.5),
     "cap_low": ({}, 0.95),
@@ -60,10 +86,20 @@ FLIPS = {
 CARD_FIELDS = [(n, f.name) for n in ALGORITHMS for f in dataclasses.fields(card_class(n))]
 
 
+def with_a_paused_row(rollouts: Rollouts) -> Rollouts:
+    """The same rows, one of them truncated for this step only."""
+    changed = list(rollouts.trajectories)
+    changed[4] = dataclasses.replace(changed[4], finish=Finish.PAUSED)
+    return dataclasses.replace(rollouts, trajectories=tuple(changed))
+
+
 def everything_about(algorithm: Algorithm) -> list:
     """Plan, segments, credit, loss, gradient and what is asked of the loop, as plain numbers."""
-    rollouts = ragged()
-    credit = algorithm.credit(rollouts, values_for(algorithm, rollouts))
+    rollouts = with_a_paused_row(ragged())
+    memory = algorithm.memory()
+    remembered = {} if memory is None else {"memory": memory}
+    for _ in range(2):  # some fields matter from the second step on
+        credit = algorithm.credit(rollouts, values_for(algorithm, rollouts), **remembered)
     logprobs = moved(rollouts, spread=1.0)
     loss = algorithm.policy_loss(logprobs, rollouts, credit, entropy=entropy_of(logprobs))
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
@@ -74,6 +110,7 @@ def everything_about(algorithm: Algorithm) -> list:
         credit.policy_mask,
         torch.ones(1) if credit.importance is None else credit.importance,
         torch.zeros(1) if credit.likelihood is None else credit.likelihood,
+        torch.zeros(1) if credit.kl_weight is None else credit.kl_weight,
         loss.total,
         loss.weight,
         gradient,
@@ -172,6 +209,33 @@ def test_cards_are_frozen_hashable_and_documented(name):
             {"likelihood_coef": 0.0, "correct_above": 0.9},
             "correct_above of VAPO .* no effect; set likelihood_coef above 0",
         ),
+        ("safe", {"gate_coef": 0.0}, "gate_coef of SAFE must be finite and above 0"),
+        ("safe", {"gate_threshold": -0.1}, "gate_threshold of SAFE must be finite and above 0"),
+        ("safe", {"gate_bounds": (0.6, 0.1)}, "gate_bounds of SAFE must be .smallest, largest."),
+        ("safe", {"gate_decay": 1.0}, "gate_decay of SAFE must be in"),
+        ("safe", {"pid_gains": (math.nan, 0.0, 0.0)}, "pid_gains of SAFE must be three finite"),
+        ("safe", {"phase_window": 0}, "phase_window of SAFE must be at least 1"),
+        ("safe", {"converged_at": math.inf}, "converged_at of SAFE must be finite"),
+        (
+            "safe",
+            {"gate": "asymmetric", "gate_decay": 0.5},
+            "gate_decay of SAFE .* no effect; set gate to entropy",
+        ),
+        ("dapo_step", {"beta": 0.0}, "beta of DAPOStep must be finite and above 0"),
+        ("dapo_step", {"log_ratio_clamp": 0.0}, "log_ratio_clamp of DAPOStep must be above 0"),
+        ("dapo_step", {"step_tokens": 0}, "step_tokens of DAPOStep must be at least 1"),
+        ("dapo_step", {"step_token_ids": (-1,)}, "step_token_ids of DAPOStep must be ids of"),
+        (
+            "dapo_step",
+            {"step_tokens": 4, "step_token_ids": (9,)},
+            "step_tokens of DAPOStep .* no effect; leave step_token_ids empty",
+        ),
+        ("dapo_step", {"rollouts": ""}, "rollouts of DAPOStep must be the name of a file"),
+        (
+            "dapo_step",
+            {"rollouts": "stored.parquet", "group_size": 4},
+            "group_size of DAPOStep .* no effect; stored responses have the groups they have",
+        ),
         ("reinforce_pp", {"gamma": math.nan}, "gamma of ReinforcePP must be in"),
         ("grpo", {"clip_low": -0.1}, "clip_low of GRPO must be at least 0"),
         ("grpo", {"clip_high": math.nan}, "clip_high of GRPO must be at least 0"),
@@ -187,6 +251,14 @@ def test_cards_are_frozen_hashable_and_documented(name):
         ("grpo", {**CORRECTED, "mismatch_low": 2.0}, "mismatch_low of GRPO must be None, or in"),
         ("grpo", {**CORRECTED, "mismatch_high": 0.0}, "mismatch_high of GRPO must be finite"),
         ("grpo", {"max_sampling_rounds": 5}, "max_sampling_rounds of GRPO .* set dynamic_sampling"),
+        ("grpo", {"min_responses": 3}, "min_responses of GRPO .* set allocation to"),
+        ("grpo", {"max_responses": 9}, "max_responses of GRPO .* set allocation to"),
+        ("grpo", {"reward_range": (0.0, 2.0)}, "reward_range of GRPO .* set allocation to"),
+        ("grpo", {**MIXED, "min_responses": 9}, "min_responses .* at most group_size, 8"),
+        ("grpo", {**MIXED, "min_responses": 1}, "min_responses .* at least 2 and"),
+        ("grpo", {**MIXED, "max_responses": 7}, "max_responses .* at least group_size, 8"),
+        ("grpo", {**MIXED, "reward_range": (1.0, 0.0)}, "reward_range of GRPO must be"),
+        ("dapo", MIXED, "allocation of DAPO must be equal when dynamic_sampling is true"),
         ("dapo", {"max_sampling_rounds": 0}, "max_sampling_rounds of DAPO must be at least 1"),
         ("dapo", {"overlong_buffer_tokens": -1}, "overlong_buffer_tokens of DAPO must be"),
         ("dapo", {"overlong_penalty": 0.0}, "overlong_penalty of DAPO must be finite and above 0"),
@@ -242,6 +314,17 @@ def test_dynamic_sampling_asks_the_plan_for_informative_groups_only():
     assert (plan.informative_only, plan.max_rounds, plan.group_size) == (True, 10, 16)
     assert plan.length_limit == 8
     assert not card("grpo").plan(prompts_per_step=4, sampling=sampling).informative_only
+
+
+@pytest.mark.parametrize("allocation", ["failures", "mixed"])
+def test_dividing_the_responses_asks_for_a_critic_of_prompts_and_not_for_values(allocation):
+    algorithm = card("grpo", allocation=allocation, group_size=6)
+    assert (algorithm.wanted_critic, algorithm.uses_values) == ("prompt_value", False)
+    assert card("grpo").wanted_critic is None
+    plan = algorithm.plan(prompts_per_step=4, sampling=SamplingParams(max_new_tokens=8))
+    assert isinstance(plan, AsksPromptValues)
+    assert (plan.utility, plan.min_responses, plan.max_responses) == (allocation, 2, 24)
+    assert (plan.flat.group_size, plan.flat.prompts_per_step, plan.length_limit) == (6, 4, 8)
 
 
 def test_a_buffer_beyond_the_length_limit_is_refused_when_the_plan_is_made():
