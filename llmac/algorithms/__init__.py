@@ -13,7 +13,10 @@ row to `docs/algorithms.md`; tests are parametrised over the registry. Out of tr
 ALGORITHMS: dict[str, str] = {
     "ppo": "llmac.algorithms.ppo:PPO",
     "vapo": "llmac.algorithms.vapo:VAPO",
+    "t_ppo": "llmac.algorithms.t_ppo:TPPO",
     "a2c": "llmac.algorithms.a2c:A2C",
+    "safe": "llmac.algorithms.safe:SAFE",
+    "dapo_step": "llmac.algorithms.dapo_step:DAPOStep",
     "grpo": "llmac.algorithms.grpo:GRPO",
     "dr_grpo": "llmac.algorithms.dr_grpo:DrGRPO",
     "dapo": "llmac.algorithms.dapo:DAPO",

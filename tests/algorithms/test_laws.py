@@ -27,7 +27,11 @@ from .making import (
 )
 
 CLIPPED_CARDS = [name for name in ALGORITHMS if issubclass(card_class(name), ClippedPolicy)]
-ONLY_ADVANTAGES = {"vapo": {"likelihood_coef": 0.0}}
+ONLY_ADVANTAGES = {
+    "vapo": {"likelihood_coef": 0.0},
+    "safe": {"entropy_coef": 0.0},
+    "dapo_step": {"beta": 1.0},  # else the gradient is REINFORCE's over beta
+}
 GROUP_CARDS = [name for name in ALGORITHMS if hasattr(card_class(name), "outcome_advantages")]
 
 
@@ -124,6 +128,7 @@ def test_gspo_is_token_ppo_for_responses_of_one_token():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_before_the_policy_moves_every_card_has_reinforces_gradient(name, rollouts):
     algorithm = card(name, aggregation="token_mean", **ONLY_ADVANTAGES.get(name, {}))
+    rollouts = dataclasses.replace(rollouts, ref_logprobs=rollouts.old_logprobs)
     credit = algorithm.credit(rollouts, values_for(algorithm, rollouts))
     logprobs = rollouts.old_logprobs.clone().requires_grad_()
     per_token = reinforce(logprobs, credit.advantages)

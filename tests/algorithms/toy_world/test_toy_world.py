@@ -58,6 +58,10 @@ def test_no_card_learns_the_toy_world_with_the_sign_of_its_advantages_flipped(na
         ("ppo", {"kl_coef": 0.01, "group_size": 4}),
         ("ppo", {"lam_rule": "length", "lam_alpha": 0.9, "advantage_clip": 0.5}),
         ("ppo", {"lam_rule": "doubt", "lam": 0.5}),
+        ("safe", {"values_at": "every_token", "gate": "asymmetric", "gate_coef": 0.01}),
+        ("safe", {"advantage_scale": "running", "gate_coef": 1.0, "phase_window": 5}),
+        ("dapo_step", {"step_tokens": 2, "normalize": True, "kl_coef": 0.01}),
+        ("dapo_step", {"step_token_ids": (0, 1), "mask_truncated": True}),
         ("a2c", {"off_policy": "vtrace", "lam": 0.9, "critic_lam": 1.0}),
         (
             "grpo",
