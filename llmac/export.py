@@ -7,7 +7,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from llmac.config import Recipe
-from llmac.critics.value_head import ValueHead
+from llmac.critics.bench import Shippable
 from llmac.curves import plot_learning_curve
 from llmac.errors import CheckpointError, ConfigError
 from llmac.loop import Parts
@@ -29,7 +29,7 @@ def save_final(parts: Parts, recipe: Recipe) -> Path:
     """
     final = parts.output / "final"
     save_policy(parts.actor.model, final, is_main=parts.runtime.is_main)
-    if isinstance(parts.critic, ValueHead):
+    if isinstance(parts.critic, Shippable):
         parts.critic.save_pretrained(final / "critic", policy=final)
     if parts.runtime.is_main:
         for folder in (final, final / "adapter", final / "critic"):

@@ -1,10 +1,18 @@
 """Critics room: who says V(s). Each file holds one critic behind `core.protocols.Critic`.
 
-`value_head.py` a language model with a scalar head. Values are in the unit of the rewards, at the positions asked
-for, and never look at the action that follows. To add one: a frozen dataclass with its settings and a method
-`build(...)`, and one line below.
+Heads on a language model: `value_head.py` (scalar) and `distribution_heads.py` are settings, `head_config.py` what they
+share, `head_critic.py` the live critic behind all of them. Values are in the unit of the rewards, at the positions
+asked for, and never look at the action that follows. To add one: a frozen dataclass with its settings and a method
+`build(...)`, and one line below; a new head also needs its place in `models/value_heads.py`.
 """
 
 CRITICS: dict[str, str] = {
     "value_head": "llmac.critics.value_head:ValueHeadConfig",
+    "bernoulli": "llmac.critics.distribution_heads:BernoulliConfig",
+    "hl_gauss": "llmac.critics.distribution_heads:HLGaussConfig",
+    "two_hot": "llmac.critics.distribution_heads:TwoHotConfig",
+    "c51": "llmac.critics.distribution_heads:C51Config",
+    "quantile": "llmac.critics.distribution_heads:QuantileConfig",
+    "gaussian": "llmac.critics.distribution_heads:GaussianConfig",
+    "outcome_classes": "llmac.critics.distribution_heads:OutcomeClassesConfig",
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -44,4 +45,18 @@ class CriticConfig(Protocol):
 
     def build(self, bench: CriticBench) -> Critic:
         """The live critic."""
+        ...
+
+
+@runtime_checkable
+class Shippable(Protocol):
+    """A critic that is a folder in the end, beside the policy's."""
+
+    def save_pretrained(self, directory: Path, *, policy: Path) -> None:
+        """Write it; collective.
+
+        Args:
+            directory: made if missing.
+            policy: folder of the policy saved at this moment, adapters merged.
+        """
         ...

@@ -9,7 +9,8 @@ from llmac.core.diagnostics import explained_variance
 from llmac.core.segments import every_token
 from llmac.core.types import CriticTargets, Finish, Prompt, Rollouts, Trajectory
 from llmac.critics.bench import CriticBench
-from llmac.critics.value_head import ValueHead, ValueHeadConfig
+from llmac.critics.head_critic import HeadCritic
+from llmac.critics.value_head import ValueHeadConfig
 from llmac.models.policy import TokenPolicy, causal_lm
 from llmac.models.value_model import ValueModel
 from llmac.runtime.context import Runtime
@@ -59,10 +60,10 @@ def rollouts_of(trajectories):
 
 def critic(runtime, *, fresh=True, tokens=1000, **config):
     torch.manual_seed(0)
-    model = ValueModel(AutoModel.from_config(CONFIG))
     settings = ValueHeadConfig(**config)
+    model = ValueModel(AutoModel.from_config(CONFIG), settings.spec(CONFIG.hidden_size))
     learner = Learner(model, Optimization(lr=3e-3), runtime, name="critic", total_steps=100)
-    return ValueHead(
+    return HeadCritic(
         model,
         learner,
         runtime,
@@ -144,7 +145,8 @@ def test_the_clip_is_sized_to_the_reward_range(runtime, width, expected):
     targets = CriticTargets(
         returns=torch.tensor([[0.0]]), value_mask=mask, old_values=torch.tensor([[0.5 * width]])
     )
-    loss = head._loss(torch.tensor([[0.9 * width]]), targets)
+    rollouts = rollouts_of([trajectory([3], 0.0)])
+    loss = head._loss(torch.full((1, 2, 1, 1), 0.9 * width), rollouts, targets)
     assert float(loss.total) == pytest.approx(expected * width**2)
     assert loss.metrics["critic/vf_clipfrac"].value == 1.0
 

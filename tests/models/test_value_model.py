@@ -6,7 +6,8 @@ from transformers import AutoModel
 
 from llmac.errors import CheckpointError
 from llmac.models.packing import pack
-from llmac.models.value_model import ValueModel, save_head
+from llmac.models.value_heads import save_head
+from llmac.models.value_model import ValueModel
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_values_of_ragged_rows_equal_those_of_each_row_alone(value_model, ragged
 
 def test_a_saved_value_model_says_the_same(value_model, ragged, tmp_path):
     value_model.backbone.save_pretrained(tmp_path)
-    save_head(value_model.head.state_dict(), tmp_path)
+    save_head(value_model.head.state_dict(), value_model.spec, tmp_path)
     with torch.no_grad():
         again = ValueModel.from_pretrained(tmp_path)(pack(ragged, pad_id=0))
         assert torch.equal(again, value_model(pack(ragged, pad_id=0)))

@@ -18,7 +18,9 @@ from llmac.config.schema import LoraConfig
 from llmac.core.collate import collate
 from llmac.core.types import Finish, Prompt, Trajectory
 from llmac.critics.bench import CriticBench
-from llmac.critics.value_head import ValueHead, ValueHeadConfig
+from llmac.critics.head_critic import HeadCritic
+from llmac.critics.head_start import adapted
+from llmac.critics.value_head import ValueHeadConfig
 from llmac.models.loading import add_lora
 from llmac.models.policy import TokenPolicy
 from llmac.models.value_model import ValueModel
@@ -75,7 +77,7 @@ class Job:
     """Everything that learns."""
 
     actor: Actor
-    critic: ValueHead | None
+    critic: HeadCritic | None
     algorithm: Algorithm
 
     def parts(self):
@@ -131,7 +133,7 @@ def build(runtime, tokens, *, algorithm, options=None, lora=False, trunk="own"):
         return Job(actor, None, algorithm)
     value = ValueHeadConfig(lr=1e-2, eps=1e-3, epochs=2, trunk=trunk, lora=lora and trunk == "own")
     torch.manual_seed(7)
-    own = ValueModel(AutoModel.from_config(config))
+    own = ValueModel(AutoModel.from_config(config), value.spec(config.hidden_size))
     bench = CriticBench(
         runtime=runtime,
         model=Model(adapters),
@@ -148,17 +150,7 @@ def build(runtime, tokens, *, algorithm, options=None, lora=False, trunk="own"):
     )
     if trunk == "shared":
         return Job(actor, value.build(bench), algorithm)
-    module = value._adapted(own, bench)
-    critic = ValueHead(
-        module,
-        Learner(module, value, name="critic", **settings),
-        runtime,
-        value,
-        pad_id=0,
-        minibatches=2,
-        max_tokens_per_microbatch=tokens,
-        fresh_head=True,
-    )
+    critic = value.around(adapted(own, bench) if value.lora else own, bench, fresh_head=True)
     return Job(actor, critic, algorithm)
 
 

@@ -1,0 +1,253 @@
+"""The live critic behind every head on a language model: asks, starts, teaches and saves a `ValueModel`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from llmac.core.ensembles import spread
+from llmac.core.masking import aggregate, aggregation_weight, masked_mean
+from llmac.core.measures import Last, Mean, Measure, combine
+from llmac.core.moments import Moments
+from llmac.core.types import CriticTargets, Loss, Rollouts, Values
+from llmac.core.value_heads import Learned, Lesson, Scalar
+from llmac.critics.target_network import TargetNetwork
+from llmac.models.packing import (
+    PackedRows,
+    micro_batches,
+    minibatch_rows,
+    pack,
+    packed_micro_batches,
+)
+from llmac.models.value_heads import normalize, save_head, start_at
+from llmac.models.value_model import ValueModel
+from llmac.runtime.context import Runtime
+from llmac.runtime.learner import Learner
+from llmac.runtime.saving import save_whole, whole_weights
+
+SMALLEST_DEVIATION = 1e-4
+"""Returns that do not vary are not divided by less, unit of reward."""
+
+_STATE = "critic.pt"
+
+
+class Teaching(Protocol):
+    """How a head critic learns: what it reads of its settings."""
+
+    @property
+    def trunk(self) -> str:
+        """`own` or `shared`."""
+        ...
+
+    @property
+    def epochs(self) -> int:
+        """Passes over each step's rollouts."""
+        ...
+
+    @property
+    def normalization(self) -> str:
+        """`none`, `running` or `popart`."""
+        ...
+
+    @property
+    def learns_together(self) -> bool:
+        """Whether an ensemble learns by the loss of its one value."""
+        ...
+
+
+class HeadCritic:
+    """A learning `Critic`.
+
+    Until it is first asked it knows nothing; its head is then set to the mean reward of those rollouts, so that the
+    explained variance at step 0 is 0 and not negative.
+    """
+
+    def __init__(
+        self,
+        model: ValueModel,
+        learner: Learner,
+        runtime: Runtime,
+        config: Teaching,
+        *,
+        pad_id: int,
+        minibatches: int,
+        max_tokens_per_microbatch: int,
+        fresh_head: bool,
+        target: TargetNetwork | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            model: the module inside `learner`.
+            learner: takes the optimizer steps.
+            runtime: the process group.
+            config: settings.
+            pad_id: any token id; padding is never looked at.
+            minibatches: optimizer steps a pass.
+            max_tokens_per_microbatch: bound on rows x longest row.
+            fresh_head: the head was never trained; start it at the mean reward.
+            target: a copy that follows the model slowly and is asked in its place.
+        """
+        self._model = model
+        self._learner = learner
+        self._runtime = runtime
+        self._config = config
+        self._pad_id = pad_id
+        self._minibatches = minibatches
+        self._max_tokens = max_tokens_per_microbatch
+        self._fresh_head = fresh_head
+        self._target = target
+        self._moments = Moments()
+
+    def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
+        """V(s_t) where `starts`, and V(s_T) for truncated rows."""
+        if self._fresh_head:
+            self._start_at(rollouts)
+        rows, width = rollouts.response_ids.shape
+        at, bootstrap = torch.zeros(rows, width), torch.zeros(rows)
+        micro = list(
+            packed_micro_batches(
+                rollouts.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
+            )
+        )
+
+        def ask(module: nn.Module, packed: PackedRows) -> Tensor:
+            asked = module if self._target is None else self._target.module
+            return asked(packed.to(self._runtime.device)).cpu()
+
+        seen = self._learner.look(ask, [packed for _, packed in micro])
+        for (index, packed), values in zip(micro, seen, strict=True):
+            at[index, : values.shape[1] - 1] = values[:, :-1]
+            bootstrap[index] = values.gather(1, packed.lengths[:, None]).squeeze(1)
+        return Values(at=at * starts, starts=starts, bootstrap=bootstrap * rollouts.truncated)
+
+    def update(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
+        """`epochs` passes towards the returns."""
+        metrics: dict[str, Measure] = {}
+        if self._config.normalization != "none":
+            metrics = self._renormalize(targets)
+        for _ in range(self._config.epochs):
+            for index in minibatch_rows(len(rollouts.trajectories), self._minibatches):
+                part = rollouts.rows(index)
+                part_targets = targets.rows(index, part.response_ids.shape[1])
+                metrics = combine(metrics, self._step(part, part_targets))
+        return metrics
+
+    def save(self, directory: Path) -> None:
+        """Role `critic` of a checkpoint."""
+        self._learner.save(directory)
+        if self._runtime.is_main:
+            target = self._target.state() if self._target else {}
+            torch.save(
+                {"moments": dataclasses.asdict(self._moments), "target": target},
+                directory / _STATE,
+            )
+
+    def load(self, directory: Path) -> None:
+        """Continue from a checkpoint; a trained head is not started again."""
+        self._learner.load(directory)
+        self._fresh_head = False
+        path = directory / _STATE
+        if path.is_file():  # not in checkpoints from before there was anything to keep
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._moments = Moments(**state["moments"])
+            if self._target is not None:
+                self._target.restore(state["target"], self._model)
+        elif self._target is not None:
+            self._target.restore({}, self._model)
+
+    def save_pretrained(self, directory: Path, *, policy: Path) -> None:
+        """A folder that `ValueModel.from_pretrained` loads. Collective.
+
+        Args:
+            directory: made if missing.
+            policy: folder of the policy saved at this moment, adapters merged: the trunk, if it is shared.
+        """
+        is_main = self._runtime.is_main
+        if self._config.trunk == "own":
+            save_whole(self._model.backbone, directory, is_main=is_main)
+        elif is_main:
+            AutoModel.from_pretrained(policy).save_pretrained(directory)
+        head = whole_weights(self._model.head, keep=is_main)
+        if is_main:
+            save_head(head, self._model.spec, directory)
+
+    def _models(self) -> list[ValueModel]:
+        return [self._model] + ([self._target.model] if self._target else [])
+
+    def _start_at(self, rollouts: Rollouts) -> None:
+        outcomes = rollouts.rewards.sum(1)
+        mean = masked_mean(
+            outcomes, torch.ones_like(outcomes, dtype=torch.bool), sum_across=self._runtime.sum
+        )
+        for model in self._models():
+            start_at(model.head, model.spec.head, float(mean))
+        self._fresh_head = False
+
+    def _renormalize(self, targets: CriticTargets) -> dict[str, Measure]:
+        self._moments = self._moments.after(
+            targets.returns, targets.value_mask, sum_across=self._runtime.sum
+        )
+        deviation = max(self._moments.deviation, SMALLEST_DEVIATION)
+        for model in self._models():
+            normalize(
+                model.head,
+                mean=self._moments.mean,
+                deviation=deviation,
+                keep_values=self._config.normalization == "popart",
+            )
+        return {"critic/vf_scale": Last(deviation)}
+
+    def _step(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
+        def loss_of(module: nn.Module, index: Tensor) -> Loss:
+            part = rollouts.rows(index)
+            wanted = targets.rows(index, part.response_ids.shape[1])
+            rows = pack(part.trajectories, pad_id=self._pad_id).to(self._runtime.device)
+            return self._loss(module(rows, raw=True), part, wanted)
+
+        metrics = self._learner.update(
+            micro_batches(rollouts.trajectories, max_tokens=self._max_tokens),
+            loss_of,
+            aggregation_weight(targets.value_mask, "token_mean"),
+        )
+        if self._target is not None:
+            self._target.follow(self._model)
+        return metrics
+
+    def _loss(self, raw: Tensor, rollouts: Rollouts, targets: CriticTargets) -> Loss:
+        spec, mask = self._model.spec, targets.value_mask
+        scale = self._model.head.scale
+        lesson = Lesson(
+            returns=targets.returns.to(raw.device),
+            old_values=targets.old_values.to(raw.device),
+            mask=mask.to(raw.device),
+            rewards=rollouts.rewards.to(raw.device),
+            truncated=rollouts.truncated.to(raw.device),
+            unit=1.0 if scale is None else float(scale),
+        )
+        if self._config.learns_together:
+            assert isinstance(spec.head, Scalar), "no other card has the field"
+            learned = [spec.head.learn_values(spec.values(raw)[:, :-1], lesson)]
+        else:
+            learned = [spec.head.learn(member, lesson) for member in raw.unbind(dim=2)]
+        loss = torch.stack([each.per_token for each in learned]).mean(dim=0).cpu()
+        total, weight = aggregate(loss, mask, "token_mean", horizon=1)
+        metrics = {"critic/vf_loss": Mean(total.detach(), weight), **_shares(learned, mask, weight)}
+        if spec.heads > 1:
+            apart = spread(spec.head.decode(raw.detach()))[:, :-1].cpu()
+            metrics["critic/values/spread"] = Mean(apart.where(mask, 0.0).sum(), weight)
+        return Loss(total=total, weight=weight, metrics=metrics)
+
+
+def _shares(learned: list[Learned], mask: Tensor, weight: Tensor) -> dict[str, Mean]:
+    """Metrics that count states, the mean over the heads of an ensemble."""
+    return {
+        name: Mean(
+            sum((each.shares[name].cpu() & mask).sum() / len(learned) for each in learned), weight
+        )
+        for name in learned[0].shares
+    }
