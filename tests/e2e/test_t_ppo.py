@@ -1,0 +1,68 @@
+"""Responses over several steps in real runs: they survive a kill, and whole windows are PPO."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WINDOWS = {"name": "t_ppo", "window_tokens": 3}
+
+
+@pytest.fixture
+def same_weights():
+    """Whether two runs have ended with the same policy and critic, bit by bit."""
+
+    def compare(one, other):
+        files = [f"final/{file}" for file in ("model.safetensors", "critic/model.safetensors")]
+        for file in files:
+            ours, theirs = load_file(one / file), load_file(other / file)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
+
+    return compare
+
+
+@pytest.mark.slow
+def test_unfinished_responses_survive_a_kill_on_two_processes(
+    settings, write_recipe, run, read_metrics, same_weights, tmp_path
+):
+    settings["algorithm"] = WINDOWS
+    settings["actor"]["prompts_per_step"] = 8
+    settings["run"] |= {"steps": 6, "save_every": 3, "seed": 11}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    recipe = write_recipe(settings)
+
+    code, printed = run(recipe, f"run.output={straight}", processes=2).finish()
+    assert code == 0, printed
+    metrics = killed / "metrics.jsonl"
+    run(recipe, f"run.output={killed}", processes=2).kill_when(
+        lambda: metrics.exists() and '"step": 4' in metrics.read_text()
+    )
+    code, printed = run(recipe, f"run.output={killed}", processes=2).finish()
+    assert code == 0, printed
+
+    lines = read_metrics(straight)
+    assert read_metrics(killed) == lines
+    same_weights(killed, straight)
+    assert [line["rollout/finished"] + line["rollout/paused"] for line in lines] == [8] * 6
+    assert lines[2]["rollout/paused"] > 0  # what the checkpoint of step 3 carries over
+    for line in lines:
+        assert line["rollout/tokens"] == line["rollout/fresh_tokens"] <= 3 * 8
+
+
+@pytest.mark.slow
+def test_a_window_for_the_longest_response_is_ppo(
+    settings, write_recipe, run, read_metrics, same_weights, tmp_path
+):
+    settings["run"] |= {"steps": 2}
+    whole, ppo = tmp_path / "whole", tmp_path / "ppo"
+    for output, algorithm in (
+        (whole, {"name": "t_ppo", "window_tokens": settings["rollout"]["max_new_tokens"]}),
+        (ppo, {"name": "ppo", "critic_lam": 1.0}),
+    ):
+        recipe = write_recipe(settings | {"algorithm": algorithm})
+        code, printed = run(recipe, f"run.output={output}").finish()
+        assert code == 0, printed
+    same_weights(whole, ppo)
+    added = {"rollout/finished", "rollout/paused", "rollout/fresh_tokens", "rollout/windows"}
+    for ours, theirs in zip(read_metrics(whole), read_metrics(ppo), strict=True):
+        assert {name: x for name, x in ours.items() if name not in added} == theirs
