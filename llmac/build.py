@@ -19,17 +19,19 @@ from llmac.console import Console, show_log_records
 from llmac.core.protocols import (
     AsksPromptValues,
     Critic,
+    NeedsRollouts,
     PromptCritic,
     Resendable,
     RolloutEngine,
     SamplingParams,
     Stateful,
 )
+from llmac.core.stored import share_of
 from llmac.core.types import Prompt
 from llmac.critics.bench import CriticBench
 from llmac.data.prompts import PromptStream, load_prompts
 from llmac.engines.probe import LOW_PRECISION_TOLERANCE, PROBE_TOKENS, TOLERANCE
-from llmac.errors import ConfigError
+from llmac.errors import ConfigError, DataError
 from llmac.loop import HeldOut, Parts, check_resume
 from llmac.metrics import METRICS_FILE, MetricLog, read_metrics
 from llmac.models.loading import (
@@ -48,6 +50,7 @@ from llmac.rewards.contracts import RewardSpec
 from llmac.rewards.loader import resolve
 from llmac.rewards.reward_model import RewardModel
 from llmac.rewards.scoring import Rewards
+from llmac.rollout_store import read_rollouts
 from llmac.runtime.checkpoint import CheckpointStore, RandomState, Remembered, Saveable
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
@@ -95,6 +98,9 @@ def build(
     runtime.start_trackers(recipe.run.trackers, recipe.run.project, plain(recipe))
 
     algorithm: Algorithm = recipe.algorithm.settings
+    plan = algorithm.plan(prompts_per_step=share, sampling=_sampling(recipe))
+    if isinstance(plan, NeedsRollouts):
+        _hand_over(plan, runtime)
     engine = _engine(
         recipe, tokenizer, runtime, longest=_longest(recipe, runtime, prompts, held_out)
     )
@@ -120,7 +126,6 @@ def build(
     }
     if isinstance(critic, Saveable):  # a critic that learns; the others have nothing to save
         roles["critic"] = critic
-    plan = algorithm.plan(prompts_per_step=share, sampling=_sampling(recipe))
     if isinstance(plan, AsksPromptValues) and isinstance(critic, PromptCritic):
         plan.prompt_values = critic.prompt_values
     memory, schedule = algorithm.memory(), _schedule(recipe)
@@ -166,6 +171,15 @@ def _share(recipe: Recipe, runtime: Runtime) -> int:
             f"take a multiple of {ranks * parts}"
         )
     return prompts // ranks
+
+
+def _hand_over(plan: NeedsRollouts, runtime: Runtime) -> None:
+    try:
+        plan.stored = share_of(
+            read_rollouts(plan.path), rank=runtime.rank, world_size=runtime.world_size
+        )
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _schedule(recipe: Recipe) -> PolicySchedule:

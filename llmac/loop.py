@@ -14,6 +14,7 @@ from llmac.actor import Actor
 from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
 from llmac.core.collate import collate
+from llmac.core.diagnostics import critic_health
 from llmac.core.measures import Max, Mean, Metrics, Sum
 from llmac.core.protocols import (
     Critic,
@@ -153,6 +154,11 @@ def train(run: Run, parts: Parts) -> None:
         with phase("adv"):
             remembered = {} if memory is None else {"memory": memory}
             credit = algorithm.credit(rollouts, values, sum_across=runtime.sum, **remembered)
+            if values and credit.critic_targets:
+                outcomes = rollouts.rewards.sum(1)
+                log.add(
+                    critic_health(values, credit.critic_targets, outcomes, sum_across=runtime.sum)
+                )
 
         # 5. Learn: the policy along its advantages, the critic towards its targets. In this order: a critic that
         #    shares the policy's trunk moves the policy, and the first ratio of the step must be 1.
