@@ -1,7 +1,7 @@
 """Critics room: who says V(s). Each file holds one critic behind `core.protocols.Critic`.
 
 Heads on a language model: `value_head.py` (scalar) and `distribution_heads.py` are settings, `head_config.py` what they
-share, `head_critic.py` the live critic behind all of them. Values are in the unit of the rewards, at the positions
+share, `head_critic.py` the live critic behind all of them. Without a model: `baselines.py`, from `outcomes.py`. Values are in the unit of the rewards, at the positions
 asked for, and never look at the action that follows. To add one: a frozen dataclass with its settings and a method
 `build(...)`, and one line below; a new head also needs its place in `models/value_heads.py`.
 """
@@ -15,4 +15,7 @@ CRITICS: dict[str, str] = {
     "quantile": "llmac.critics.distribution_heads:QuantileConfig",
     "gaussian": "llmac.critics.distribution_heads:GaussianConfig",
     "outcome_classes": "llmac.critics.distribution_heads:OutcomeClassesConfig",
+    "group_mean": "llmac.critics.baselines:GroupMeanConfig",
+    "leave_one_out": "llmac.critics.baselines:LeaveOneOutConfig",
+    "running_mean": "llmac.critics.baselines:RunningMeanConfig",
 }
