@@ -131,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the returns; 1: what came of the response (default 1)",
     )
     pretrain.set_defaults(command=_value_pretrain)
+    _eval_critic_arguments(
+        commands.add_parser(
+            "eval-critic", help="say how good a critic is, against continuations of the policy"
+        )
+    )
     algorithms = commands.add_parser("algorithms", help="list algorithms and critics")
     algorithms.set_defaults(command=_algorithms)
     bring = commands.add_parser(
@@ -149,6 +154,39 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--output", type=Path, help="write the recipe here instead of printing it")
     bring.set_defaults(command=_import_config)
     return parser
+
+
+def _eval_critic_arguments(examine: argparse.ArgumentParser) -> None:
+    examine.add_argument("run", help="a run's folder, or a recipe's YAML file")
+    examine.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    examine.add_argument(
+        "--critic",
+        help="another critic than the run's: a value model's folder, a name, or '{name: ..., key: value}'",
+    )
+    examine.add_argument(
+        "--step", help="a checkpoint's step, or final (default: the newest checkpoint)"
+    )
+    for name, meaning in (
+        ("states", "states to judge (default 200)"),
+        ("depths", "fractions of a response at which they stand (default 5)"),
+        ("rollouts", "continuations of each state (default 64)"),
+        ("siblings", "responses to a prompt (default 4)"),
+    ):
+        examine.add_argument(f"--{name}", type=int, help=meaning)
+    examine.add_argument(
+        "--success-above",
+        type=float,
+        help="outcome above which a response succeeded (default: midway between worst and best)",
+    )
+    examine.add_argument(
+        "--save-states", type=Path, help="write the states here, for other critics"
+    )
+    examine.add_argument("--states-from", type=Path, help="judge by these states; sample none")
+    examine.add_argument(
+        "--output", type=Path, help="folder for the report (default: critic_eval/ of the run)"
+    )
+    examine.add_argument("--seed", type=int, default=0, help="of everything sampled (default 0)")
+    examine.set_defaults(command=_eval_critic)
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -245,6 +283,43 @@ def _talk() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def _eval_critic(arguments: argparse.Namespace) -> int:
+    _talk()
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from llmac.critics.report import tables
+    from llmac.errors import ConfigError
+    from llmac.eval_critic import Truth, eval_critic
+
+    step = arguments.step
+    if step is not None and step != "final":
+        if not step.isdigit():
+            raise ConfigError(f"--step must be the number of a step, or final; found {step!r}")
+        step = int(step)
+    names = ("states", "depths", "rollouts", "siblings", "success_above")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("states", total=None)
+        found = eval_critic(
+            arguments.run,
+            arguments.overrides,
+            critic=arguments.critic,
+            step=step,
+            truth=Truth(**given) if given else None,
+            states_from=arguments.states_from,
+            save_states=arguments.save_states,
+            output=arguments.output,
+            seed=arguments.seed,
+            told=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    console = Console()
+    # A pipe has no width; a table cut at 80 columns is of no use to whom it is sent.
+    Console(width=max(console.width, 132)).print(tables(found.report, found.about))
+    print(f"wrote {found.output}")
+    return 0
 
 
 def _algorithms(arguments: argparse.Namespace) -> int:

@@ -79,7 +79,7 @@ def tables(report: Report, about: Mapping[str, Any]) -> Group:
 def _heading(report: Report, about: Mapping[str, Any]) -> str:
     whole = report.overall
     return (
-        f"{about['critic']} of {about['run']} ({about['moment']}) on {about['prompts']}\n"
+        f"{about['critic']}, run {about['run']} ({about['moment']}), on {about['prompts']}\n"
         f"{whole.states} states of {whole.prompts} prompts, {about['rollouts']} continuations each; "
         f"mean value {_number(whole.mean_value)}, true {_number(whole.mean_truth)}\n"
     )
@@ -135,7 +135,7 @@ def _with_half_width(estimate: Estimate) -> str:
 
 
 def _number(x: float) -> str:
-    return "-" if math.isnan(x) else f"{x:.3f}"
+    return "-" if math.isnan(x) else f"{x:.3f}".replace("-0.000", "0.000")
 
 
 def _judgement(judgement: Judgement) -> dict[str, Any]:

@@ -1,0 +1,323 @@
+"""`llmac eval-critic`: how good is the critic of a run, against continuations sampled by its policy?"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llmac.build import (
+    _sampling,  # pyright: ignore[reportPrivateUsage]
+    build,
+)
+from llmac.config import Recipe, verify
+from llmac.config.cards import Choice, choose_algorithm, choose_critic
+from llmac.config.loading import YamlReader
+from llmac.core.protocols import Critic
+from llmac.core.types import Prompt
+from llmac.critics.examine import Report, examine
+from llmac.critics.frozen import FrozenCritic
+from llmac.critics.picture import plot_calibration
+from llmac.critics.report import as_dict
+from llmac.critics.states import States, Told, check_numbers, sample_states
+from llmac.errors import CheckpointError, ConfigError, DataError
+from llmac.loop import Parts, synchronize
+from llmac.models.loading import load_tokenizer, pad_token_id, torch_dtype
+from llmac.models.value_heads import HEAD_FILE
+from llmac.models.value_model import ValueModel
+from llmac.rollout_store import check_storable, vocabulary_mark
+from llmac.runtime.checkpoint import Saveable
+from llmac.runtime.context import Runtime
+from llmac.saved_run import SavedRun, Step, find_run, restore
+from llmac.state_store import read_states, write_states
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE, PICTURE_FILE = "critic_eval.json", "critic_calibration.png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """Which states, and how many continuations say what they are worth."""
+
+    states: int = 200
+    """Rounded down to a multiple of `depths`."""
+    depths: int = 5
+    """Fractions 0, 1/depths, ... of each response."""
+    rollouts: int = 64
+    """Continuations of each state."""
+    siblings: int = 4
+    """Responses to a prompt."""
+    success_above: float | None = None
+    """Outcome above which a response counts as a success; None: midway between the worst and the best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """What an examination left."""
+
+    report: Report
+    states: States
+    about: Mapping[str, Any]
+    output: Path
+    """Folder with `critic_eval.json` and `critic_calibration.png`."""
+
+
+def eval_critic(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    critic: str | None = None,
+    step: Step = None,
+    truth: Truth | None = None,
+    states_from: Path | None = None,
+    save_states: Path | None = None,
+    output: Path | None = None,
+    seed: int = 0,
+    told: Told = lambda done, total: None,
+) -> Examined:
+    """Examine a run's critic, or another one for its policy. The run itself is not changed. One process.
+
+    Prompts are those of `evaluation.data`, else of `data`; responses are sampled as in training. The true values are
+    expected rewards: a KL penalty that the run takes off its rewards is not in them.
+
+    Args:
+        source: the run's folder, or a recipe's file; see `find_run`.
+        overrides: `key.sub=value`, over the recipe.
+        critic: another critic: a folder that `ValueModel.from_pretrained` loads, the name of a critic, or
+            `{name: ..., key: value}`. A critic that learns and is given by name has not learned anything yet.
+        step: which weights of the run.
+        truth: which states; None: the defaults.
+        states_from: take the states from this file instead of sampling; they should be of the same policy.
+        save_states: write the states to this file, for other critics.
+        output: folder for the report; None: `critic_eval/<moment>` in the run's folder, with the name of another
+            critic.
+        seed: of prompts, responses and continuations.
+        told: hears how many of how many distinct states are judged.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: before any model is loaded, where that can be known.
+    """
+    if truth is not None and states_from is not None:
+        raise ConfigError(
+            f"the states are those of {states_from}; how many to sample has no effect: leave it out"
+        )
+    wanted = truth or Truth()
+    check_numbers(
+        states=wanted.states,
+        depths=wanted.depths,
+        rollouts=wanted.rollouts,
+        siblings=wanted.siblings,
+    )
+    run = find_run(source, overrides, step=step)
+    chosen = _critic(critic, run)
+    verify(run.recipe)
+    stored = None if states_from is None else read_states(states_from)
+    folder = output or run.folder / "critic_eval" / _folder_name(run, critic)
+    _make_writable(folder)
+    about: dict[str, Any] = {
+        "run": str(run.folder),
+        "moment": run.moment,
+        "critic": _described(chosen, critic, run),
+        "seed": seed,
+    }
+    with _parts(run, chosen, seed) as parts:
+        vocabulary = vocabulary_mark(load_tokenizer(run.recipe.model).get_vocab())
+        live = _live(chosen, run, parts)
+        if stored is None:
+            states, found = _sample(run, parts, wanted, seed, told, save_states)
+            found |= {"run": str(run.folder), "moment": run.moment, "vocabulary": vocabulary}
+            if save_states is not None:
+                write_states(save_states, states, found)
+        else:
+            states, found = stored
+            _check_stored(found, run, states_from, vocabulary)
+        about |= {"states_of": dict(found), "prompts": found["prompts"]}
+        about |= {"rollouts": states.outcomes.shape[1]}
+        report = examine(live, states, seed=seed)
+    written = json.dumps(as_dict(report, states, about), indent=1, allow_nan=False)
+    (folder / REPORT_FILE).write_text(written + "\n", encoding="utf-8")
+    title = f"{about['critic']}, {run.folder.resolve().name} ({run.moment})"
+    plot_calibration(report, states, folder / PICTURE_FILE, title=title)
+    return Examined(report=report, states=states, about=about, output=folder)
+
+
+def _critic(asked: str | None, run: SavedRun) -> Path | Choice:
+    """A folder with a value model, or a card to build."""
+    if asked is None:
+        own = run.recipe.critic
+        if own is None:
+            raise ConfigError(
+                f"{run.folder} has no critic: {run.recipe.algorithm.name} compares rewards. Name one with --critic: a "
+                "folder with a value model, or a critic of `llmac algorithms`"
+            )
+        saved = run.folder / "final" / "critic"
+        return saved if run.is_final and (saved / HEAD_FILE).is_file() else own
+    folder = Path(asked).expanduser()
+    if folder.is_dir():
+        if not (folder / HEAD_FILE).is_file():
+            inside = [p for p in ("critic", "final/critic") if (folder / p / HEAD_FILE).is_file()]
+            hint = f" Did you mean {folder / inside[0]}?" if inside else ""
+            raise CheckpointError(
+                f"{folder} has no {HEAD_FILE}: it is not a value model saved by llmac.{hint}"
+            )
+        return folder
+    if "/" in asked and ":" not in asked:
+        raise ConfigError(f"--critic: there is no folder {asked} (looked in {Path.cwd()})")
+    try:
+        card = yaml.load(asked, Loader=YamlReader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--critic: {asked} is not valid YAML: {error}") from error
+    # Any critic will do here, whatever the run's own algorithm takes.
+    choice = choose_critic(card, choose_algorithm("ppo"))
+    assert choice is not None, "ppo takes critics"
+    return choice
+
+
+def _folder_name(run: SavedRun, asked: str | None) -> str:
+    """Another one for another critic."""
+    name = "" if asked is None else re.sub(r"[^\w.=]+", "-", asked).strip("-.")
+    return f"{run.moment}-{name}" if name else run.moment
+
+
+def _described(chosen: Path | Choice, asked: str | None, run: SavedRun) -> str:
+    """For the heading."""
+    if asked is None:
+        assert run.recipe.critic is not None, "checked when it was chosen"
+        return run.recipe.critic.name
+    return f"critic {chosen}" if isinstance(chosen, Path) else f"{chosen.name} as it starts"
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made ({error.strerror}); name another with --output"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder} is read-only for this user; name another with --output")
+
+
+@contextlib.contextmanager
+def _parts(run: SavedRun, chosen: Path | Choice, seed: int) -> Iterator[Parts]:
+    """The run's parts with the weights of the moment; all they write goes to a folder that is thrown away."""
+    with contextlib.ExitStack() as cleanup:
+        aside = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmac-eval-critic-"))
+        runtime = Runtime.create(seed=seed, output=None)
+        cleanup.callback(runtime.close)
+        if runtime.world_size > 1:
+            raise ConfigError("llmac eval-critic is one process; start it without a launcher")
+        parts = build(_to_look_at(run, chosen, aside, seed), runtime)
+        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engine.close):
+            cleanup.callback(close)
+        if run.weights is not None and not run.is_final:
+            roles: dict[str, Saveable] = {"policy": parts.actor}
+            if chosen is run.recipe.critic and isinstance(parts.critic, Saveable):
+                roles["critic"] = parts.critic
+            restore(run, roles, runtime)
+        synchronize(parts, version=run.step, probe=True)
+        yield parts
+
+
+def _to_look_at(run: SavedRun, chosen: Path | Choice, aside: str, seed: int) -> Recipe:
+    """The run's recipe as far as its policy, its prompts and its rewards go, with the critic that was asked for."""
+    recipe = run.recipe
+    changes: dict[str, Any] = {
+        # The plainest card that takes a critic: no reference policy, no stored rollouts to load.
+        "algorithm": choose_algorithm("ppo"),
+        "critic": chosen if isinstance(chosen, Choice) else None,
+        "run": recipe.run.model_copy(
+            update={"output": aside, "resume": "auto", "trackers": (), "seed": seed}
+        ),
+    }
+    if run.is_final:
+        saved = {"name": str(run.weights), "tokenizer": None, "revision": None, "lora": None}
+        changes["model"] = recipe.model.model_copy(update=saved)
+    return recipe.model_copy(update=changes)
+
+
+def _live(chosen: Path | Choice, run: SavedRun, parts: Parts) -> Critic:
+    if isinstance(chosen, Choice):
+        assert parts.critic is not None
+        if run.is_final and chosen is run.recipe.critic and isinstance(parts.critic, Saveable):
+            raise CheckpointError(
+                f"{run.weights} holds the policy and no critic; take a checkpoint (--step N), or name a critic"
+            )
+        return parts.critic
+    spec = run.recipe.model
+    return FrozenCritic(
+        ValueModel.from_pretrained(chosen, dtype=torch_dtype(spec)),
+        parts.runtime,
+        pad_id=pad_token_id(load_tokenizer(spec)),
+        max_tokens_per_microbatch=run.recipe.actor.max_tokens_per_microbatch,
+        compute_dtype=torch.bfloat16 if spec.compute_dtype else None,
+    )
+
+
+def _sample(
+    run: SavedRun, parts: Parts, truth: Truth, seed: int, told: Told, save_states: Path | None
+) -> tuple[States, dict[str, Any]]:
+    prompts, where = _prompts(run.recipe, parts, truth)
+    if save_states is not None:
+        check_storable(prompts)
+    score = parts.held_out.score if parts.held_out else parts.score.for_evaluation()
+    score.step = run.step
+    settings = run.recipe.algorithm.settings
+    gamma = float(getattr(settings, "gamma", 1.0))  # only cards with a critic have one
+    since = time.monotonic()
+    states = sample_states(
+        parts.engine,
+        prompts,
+        score,
+        sampling=_sampling(run.recipe),
+        states=truth.states,
+        depths=truth.depths,
+        rollouts=truth.rollouts,
+        siblings=truth.siblings,
+        gamma=gamma,
+        success_above=truth.success_above,
+        seed=seed,
+        told=told,
+    )
+    return states, {
+        "prompts": where,
+        "gamma": gamma,
+        "seed": seed,
+        "seconds": round(time.monotonic() - since, 1),
+    }
+
+
+def _prompts(recipe: Recipe, parts: Parts, truth: Truth) -> tuple[Sequence[Prompt], str]:
+    if parts.held_out is not None:
+        assert recipe.evaluation is not None
+        return parts.held_out.prompts, f"held-out prompts ({recipe.evaluation.data.name})"
+    wanted = max(1, truth.states // truth.depths // truth.siblings)
+    # The stream is endless: a small dataset comes round again.
+    distinct = {prompt.id: prompt for prompt in parts.prompts.take(wanted)}
+    return list(distinct.values()), f"training prompts ({recipe.data.name})"
+
+
+def _check_stored(
+    found: Mapping[str, Any], run: SavedRun, path: Path | None, vocabulary: str
+) -> None:
+    if found["vocabulary"] != vocabulary:
+        raise DataError(
+            f"{path} was sampled with another tokenizer than {run.folder} has: its token ids mean other text here"
+        )
+    policy = (found["run"], found["moment"])
+    if policy != (str(run.folder), run.moment):
+        logger.warning(
+            "the states of %s are of the policy of %s (%s): the true values are those of that policy",
+            path,
+            *policy,
+        )
