@@ -74,7 +74,7 @@ class RandomEngine(Untrained):
         tokens = drawn[: drawn.index(0) + 1] if ended else drawn
         return Completion(
             token_ids=tuple(tokens),
-            logprobs=tuple(-t / 8 for t in tokens),
+            logprobs=tuple(-t / 10 for t in tokens),
             finish=Finish.STOP if ended else Finish.LENGTH,
             policy_version=self.policy_version,
         )
@@ -354,7 +354,12 @@ def test_six_steps_are_three_a_restore_and_three(group_size):
 
 
 @pytest.mark.parametrize(
-    "value", [datetime.date(2025, 6, 15), torch.ones(1).numpy()[0], {"deep": [object()]}]
+    "value",
+    [
+        datetime.date(2025, 6, 15),
+        torch.ones(1, dtype=torch.float64).numpy()[0],
+        {"deep": [object()]},
+    ],
 )
 def test_a_prompt_that_cannot_be_saved_is_refused_when_it_is_drawn(value):
     with pytest.raises(ValueError, match="column when of prompt 0 holds a"):
