@@ -110,8 +110,8 @@ class CriticCredit(Algorithm):
         self._require(
             "off_policy",
             self.off_policy == "none" or self.mismatch == "off",
-            "none where mismatch is on, or the other way round: both weigh the policy term by "
-            f"π_old/μ (mismatch is {self.mismatch}), and the ratio would count twice",
+            f"none while mismatch is {self.mismatch}, since both weigh the policy term by π_old/μ "
+            "(or set mismatch to off)",
         )
         clip = self.advantage_clip
         self._require(

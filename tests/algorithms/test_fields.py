@@ -201,7 +201,11 @@ def test_cards_are_frozen_hashable_and_documented(name):
         ("ppo", {"c_max": 0.5}, "c_max of PPO .* no effect; set off_policy to vtrace"),
         ("ppo", {**STALE, "rho_max": 0.0}, "rho_max of PPO must be above 0"),
         ("ppo", {**STALE, "c_max": 2.0}, "c_max of PPO must be above 0 and at most rho_max, 1.0"),
-        ("ppo", {**STALE, **CORRECTED}, "off_policy of PPO must be none where mismatch is on"),
+        (
+            "ppo",
+            {**STALE, **CORRECTED},
+            "off_policy of PPO must be none while mismatch is token_truncate",
+        ),
         ("vapo", {"likelihood_coef": -0.1}, "likelihood_coef of VAPO must be finite and at least"),
         ("vapo", {"correct_above": math.inf}, "correct_above of VAPO must be finite"),
         (

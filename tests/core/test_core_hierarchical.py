@@ -81,7 +81,10 @@ def test_what_is_no_step_neither_counts_nor_discounts(rows):
         action_advantages(rewards, low, high, starts, **RATES),
         subgoal_advantages(rewards, high, starts, **RATES),
     )
-    widen = {x: torch.cat([x, torch.full((4, 2), 7.0).to(x)], dim=1) for x in (low, high)}
+    widen = {
+        x: torch.cat([x, torch.full((4, 2), end).to(x)], dim=1)
+        for x, end in ((low, 7.0), (high, 9.0))
+    }
     mask = torch.arange(9).expand(4, 9) < 7
     wide_starts = torch.cat([starts, torch.ones(4, 2, dtype=torch.bool)], dim=1)
     wide_rewards = torch.cat([rewards, torch.zeros(4, 2, dtype=torch.float64)], dim=1)
