@@ -1,8 +1,16 @@
 """Responses over several steps in real runs: they survive a kill, and whole windows are PPO."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmac.core.protocols import SamplingParams
+from llmac.core.types import Finish, Prompt
+from llmac.core.windowed import Windowed
+from llmac.engines.hf_engine import HFEngine
 
 WINDOWS = {"name": "t_ppo", "window_tokens": 3}
 
@@ -66,3 +74,39 @@ def test_a_window_for_the_longest_response_is_ppo(
     added = {"rollout/finished", "rollout/paused", "rollout/fresh_tokens", "rollout/windows"}
     for ours, theirs in zip(read_metrics(whole), read_metrics(ppo), strict=True):
         assert {name: x for name, x in ours.items() if name not in added} == theirs
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_response_ends_at_its_first_stop_string_wherever_its_windows_end(window, home):
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(home / "model"), tokenizer)
+    plan = Windowed(
+        window_tokens=window,
+        responses_per_step=24,
+        sampling=SamplingParams(max_new_tokens=8, stop=("ab", "ba", "cd", "dc", "eff", "f=")),
+        decode=tokenizer.decode,
+    )
+
+    class Prompts:
+        def take(self, count):
+            return [Prompt(id="p", token_ids=(2, 3, 8), source="ab=")] * count
+
+    def score(trajectories):
+        return [dataclasses.replace(t, reward=0.0) for t in trajectories]
+
+    ended = []
+    for seed in range(12):
+        responses, _ = plan.rollout(engine, Prompts(), score, seed=seed)
+        ended += [t for t in responses if t.finish is not Finish.PAUSED]
+
+    def stops_in(tokens):
+        return any(stop in tokenizer.decode(tokens) for stop in plan.sampling.stop)
+
+    assert len(ended) > 40
+    for t in ended:
+        said = stops_in(t.response_ids) or t.response_ids[-1] == tokenizer.eos_token_id
+        assert (t.finish is Finish.STOP) == said
+        assert not stops_in(t.response_ids[:-1])
+    stopped = [t for t in ended if stops_in(t.response_ids)]
+    across = [t for t in stopped if not stops_in(t.response_ids[t.fresh_from :])]
+    assert len(across) > 3, "too few stop strings began in an earlier window"
