@@ -33,9 +33,9 @@ class TPPO(PPO):
 
     V after the last token s_l of a paused response is V(s_{l-1}) or the critic's V(s_l), as
     `paused_value` says; of a finished one it is what it is in PPO. Every token is in the policy loss
-    of exactly one step, the one it was sampled in, so the loss is on-policy; its advantage there
-    knows nothing of a reward that comes in a later window, except through the critic. With a window
-    of the length limit this is PPO.
+    of exactly one step, the one it was sampled in: actions are on-policy, only the beginnings of
+    responses are those of earlier policies. Its advantage knows nothing of a reward that comes in a
+    later window, except through the critic. With a window of the length limit this is PPO.
     """
 
     critic_lam: float | None = 1.0
