@@ -62,8 +62,8 @@ def windows(rollouts: Rollouts) -> Rollouts:
     )
 
 
-def expect(tensor, values):
-    assert torch.allclose(tensor, torch.tensor([values], dtype=tensor.dtype), atol=1e-5)
+def is_row(tensor, values):
+    return torch.allclose(tensor, torch.tensor([values], dtype=tensor.dtype), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def expect(tensor, values):
 )
 def test_a_response_that_goes_on_bootstraps_from_a_value(fields, expected):
     rollouts, values = one_row([0.4, 0.5, 0.6], goes_on(), after=0.7)
-    expect(card("t_ppo", **RAW, **fields).credit(rollouts, values).advantages, expected)
+    assert is_row(card("t_ppo", **RAW, **fields).credit(rollouts, values).advantages, expected)
 
 
 def test_taking_the_end_of_a_window_for_the_end_of_the_response_would_punish_every_token():
     rollouts, values = one_row([0.4, 0.5, 0.6], after=0.7)
-    expect(card("t_ppo", **RAW).credit(rollouts, values).advantages, [-0.3465, -0.47, -0.6])
+    assert is_row(card("t_ppo", **RAW).credit(rollouts, values).advantages, [-0.3465, -0.47, -0.6])
 
 
 def test_a_response_of_two_windows_is_learned_from_in_two_steps():
@@ -91,21 +91,21 @@ def test_a_response_of_two_windows_is_learned_from_in_two_steps():
     algorithm = card("t_ppo", **RAW)
     first = algorithm.credit(*one_row([0.4, 0.5, 0.6], goes_on(), after=0.7))
     second = algorithm.credit(*one_row([0.4, 0.5, 0.6, 0.7, 0.9], {"fresh_from": 3}, reward=1.0))
-    expect(first.advantages, [0.195, 0.1, 0.0])
-    expect(second.advantages, [0.0, 0.0, 0.0, 0.295, 0.1])
+    assert is_row(first.advantages, [0.195, 0.1, 0.0])
+    assert is_row(second.advantages, [0.0, 0.0, 0.0, 0.295, 0.1])
     assert first.policy_mask.tolist() == [[True, True, True]]
     assert second.policy_mask.tolist() == [[False, False, False, True, True]]
 
     assert not first.critic_targets.value_mask.any()
     assert second.critic_targets.value_mask.all()
-    expect(second.critic_targets.returns, [1.0, 1.0, 1.0, 1.0, 1.0])
+    assert is_row(second.critic_targets.returns, [1.0, 1.0, 1.0, 1.0, 1.0])
     targets = second.critic_targets
     half_squared_error = 0.5 * (targets.old_values - targets.returns).square().mean()
     assert half_squared_error.item() == pytest.approx(0.087)
 
     # In one window the reward reaches the first three tokens as well.
     whole = algorithm.credit(*one_row([0.4, 0.5, 0.6, 0.7, 0.9], reward=1.0))
-    expect(whole.advantages, [0.538176, 0.461237, 0.38025, 0.295, 0.1])
+    assert is_row(whole.advantages, [0.538176, 0.461237, 0.38025, 0.295, 0.1])
 
 
 @pytest.mark.parametrize(
