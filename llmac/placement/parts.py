@@ -1,9 +1,11 @@
 """The modules of a run: what each costs one GPU, and what its passes leave there."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmac.config.schema import Recipe
+from llmac.critics.head_config import HeadConfig
 from llmac.placement.activations import (
     Precision,
     backward_bytes,
@@ -50,7 +52,7 @@ class Parts:
         """
         spec = recipe.model
         policy = policy_skeleton(spec)
-        settings = recipe.critic.settings if recipe.critic else None
+        settings = head_settings(recipe)
         critic = critic_skeleton(spec, settings) if settings is not None else None
         reference: Skeleton | None = None
         if recipe.algorithm.settings.uses_reference and not (spec.lora and not spec.reference):
@@ -80,7 +82,7 @@ class Parts:
             policy_shape=policy,
             critic_shape=critic,
             policy=held(policy, sharding, ranks),
-            critic=held(critic, sharding, ranks) if critic is not None else Held(),
+            critic=_critic_held(settings, critic, sharding, ranks),
             reference=held(reference, sharding, ranks) if reference is not None else Held(),
             rewards=sum(model.bytes for model in rewards),
             policy_moments=tuple(moment | logits for moment in moments(policy)),
@@ -89,3 +91,20 @@ class Parts:
                 model.bytes for model in (policy, critic, reference, *rewards) if model is not None
             ),
         )
+
+
+def head_settings(recipe: Recipe) -> HeadConfig | None:
+    """Of a critic that is a head on a language model; None: no critic, or one that trains no weights on the GPU."""
+    settings = recipe.critic.settings if recipe.critic else None
+    return settings if isinstance(settings, HeadConfig) else None
+
+
+def _critic_held(
+    settings: HeadConfig | None, critic: Skeleton | None, sharding: Sharding, ranks: int
+) -> Held:
+    if settings is None or critic is None:
+        return Held()
+    alone = held(critic, sharding, ranks)
+    if settings.target_tau is None:
+        return alone
+    return dataclasses.replace(alone, parameters=2 * alone.parameters)  # the target network

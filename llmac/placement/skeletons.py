@@ -19,7 +19,7 @@ from llmac.models.loading import LoraSpec, ModelSpec, add_lora, torch_dtype
 from llmac.models.value_model import ValueModel
 
 if TYPE_CHECKING:
-    from llmac.critics.value_head import ValueHeadConfig
+    from llmac.critics.head_config import HeadConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +87,11 @@ def bare_skeleton(spec: ModelSpec, name: str | None = None) -> Skeleton:
     return _bare(_ident(spec, name))
 
 
-def critic_skeleton(spec: ModelSpec, critic: "ValueHeadConfig") -> Skeleton:
+def critic_skeleton(spec: ModelSpec, critic: "HeadConfig") -> Skeleton:
     """What the critic's optimizer owns: backbone and head, or the head alone on the policy's trunk."""
     name = None if critic.init == "policy" else critic.init
     lora = spec.lora if critic.lora else None
-    return _critic(_ident(spec, name), _adapters(lora), critic.trunk == "shared")
+    return _critic(_ident(spec, name), _adapters(lora), critic)
 
 
 def reward_skeleton(name: str) -> Skeleton:
@@ -148,11 +148,12 @@ def _bare(ident: _Ident) -> Skeleton:
 
 
 @lru_cache(maxsize=64)
-def _critic(ident: _Ident, adapters: _Adapters | None, shared: bool) -> Skeleton:
+def _critic(ident: _Ident, adapters: _Adapters | None, critic: "HeadConfig") -> Skeleton:
     model = _built(AutoModel, ident)
     trunk = _adapted(model, adapters, "FEATURE_EXTRACTION")
     with torch.device("meta"):
-        value_model = ValueModel(trunk)
+        value_model = ValueModel(trunk, critic.spec(model.config.get_text_config().hidden_size))
+    shared = critic.trunk == "shared"
     return _measured(value_model.head if shared else value_model, model.config)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmac.config.schema import LoraConfig, Recipe
 from llmac.errors import ConfigError
+from llmac.placement.parts import head_settings
 from llmac.placement.plan import Machines, Plan, plan, share_of
 from llmac.placement.sharding import Sharding
 
@@ -163,7 +164,7 @@ def _candidates(recipe: Recipe, machines: Machines, now: Plan) -> Iterator[_Chan
 
 def _last_resorts(recipe: Recipe) -> Iterator[_Change]:
     """What changes how or what is learned."""
-    critic = recipe.critic.settings if recipe.critic is not None else None
+    critic = head_settings(recipe)
     adapters: dict[str, Any] = {} if recipe.model.lora else {"model.lora": LoraConfig()}
     words = f"model.lora.r={LoraConfig().r}" if adapters else ""
     if critic is not None and critic.trunk == "own":

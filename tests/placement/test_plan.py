@@ -58,6 +58,24 @@ def test_phases_are_those_of_a_run(recipe_of):
     assert list(totals(plan(recipe_of("grpo"), on()))) == [n for n in names if "critic" not in n]
 
 
+def test_the_head_of_a_critic_is_counted(large_recipe):
+    def size(*critic):
+        shape = plan(large_recipe("ppo", *critic), on()).critic
+        return 0 if shape is None else shape.elements
+
+    scalar, atoms = size(), size("critic.name=two_hot", "critic.bins=11")
+    assert atoms - scalar == 10 * (LARGE["hidden_size"] + 1)
+    assert size("critic.name=group_mean") == 0
+
+
+def test_a_target_network_is_a_second_critic(large_recipe):
+    def parameters(*critic):
+        [start, *_] = plan(large_recipe("ppo", *critic), on()).phases
+        return start.items["critic parameters"]
+
+    assert parameters("critic.target_tau=0.01") == 2 * parameters()
+
+
 def test_a_server_is_a_phase_and_leaves_the_trainers_alone(large_recipe):
     recipe = large_recipe("grpo", "rollout.engine=vllm_server", "rollout.server_count=2")
     split = plan(recipe, on(gpus=4))
