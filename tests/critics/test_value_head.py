@@ -2,29 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
-from llmac.core.collate import collate
 from llmac.core.diagnostics import explained_variance
 from llmac.core.segments import every_token
-from llmac.core.types import CriticTargets, Finish, Prompt, Rollouts, Trajectory
-from llmac.critics.bench import CriticBench
-from llmac.critics.head_critic import HeadCritic
+from llmac.core.types import CriticTargets, Finish
 from llmac.critics.value_head import ValueHeadConfig
 from llmac.models.policy import TokenPolicy, causal_lm
 from llmac.models.value_model import ValueModel
 from llmac.runtime.context import Runtime
-from llmac.runtime.learner import Learner, Optimization
 
-CONFIG = Qwen2Config(
-    vocab_size=11,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    intermediate_size=24,
-    initializer_range=0.2,
-)
+from .making import CONFIG, bench, live, rollouts_of, rows, trajectory
 
 
 @pytest.fixture
@@ -34,55 +22,12 @@ def runtime():
     runtime.close()
 
 
-def trajectory(response, reward, finish=Finish.STOP):
-    return Trajectory(
-        prompt=Prompt(id="p", token_ids=(1, 2), source="?"),
-        response_ids=tuple(response),
-        action_mask=(True,) * len(response),
-        sampler_logprobs=(0.0,) * len(response),
-        finish=finish,
-        group=0,
-        reward=reward,
-    )
-
-
-def rollouts_of(trajectories):
-    batch = collate(trajectories, length_limit=8)
-    names = ("response_ids", "action_mask", "rewards", "truncated", "group", "sampler_logprobs")
-    return Rollouts(
-        **{name: getattr(batch, name) for name in names},
-        old_logprobs=batch.sampler_logprobs,
-        ref_logprobs=None,
-        length_limit=8,
-        trajectories=batch.trajectories,
-    )
-
-
 def critic(runtime, *, fresh=True, tokens=1000, **config):
-    torch.manual_seed(0)
-    settings = ValueHeadConfig(**config)
-    model = ValueModel(AutoModel.from_config(CONFIG), settings.spec(CONFIG.hidden_size))
-    learner = Learner(model, Optimization(lr=3e-3), runtime, name="critic", total_steps=100)
-    return HeadCritic(
-        model,
-        learner,
-        runtime,
-        settings,
-        pad_id=0,
-        minibatches=1,
-        max_tokens_per_microbatch=tokens,
-        fresh_head=fresh,
-    )
+    settings = ValueHeadConfig(**{"lr": 3e-3} | config)
+    return live(settings, runtime, fresh=fresh, max_tokens_per_microbatch=tokens)
 
 
-# The outcome is written in the first token: 3 wins, 4 loses.
-ROWS = [
-    trajectory([3, 5, 6], 1.0),
-    trajectory([4, 5], 0.0),
-    trajectory([3, 7, 7, 7], 1.0),
-    trajectory([4], 0.0),
-]
-ROWS += [trajectory([4, 8, 9], 0.0)]
+ROWS = rows()
 
 
 def test_explained_variance_is_zero_and_not_negative_before_anything_is_learned(runtime):
@@ -149,31 +94,6 @@ def test_the_clip_is_sized_to_the_reward_range(runtime, width, expected):
     loss = head._loss(torch.full((1, 2, 1, 1), 0.9 * width), rollouts, targets)
     assert float(loss.total) == pytest.approx(expected * width**2)
     assert loss.metrics["critic/vf_clipfrac"].value == 1.0
-
-
-def bench(runtime, policy):
-    class Model:
-        gradient_checkpointing = False
-        dtype = "float32"
-
-    @torch.no_grad()
-    def states(rows):
-        return policy(rows, hidden_only=True)[0]
-
-    return CriticBench(
-        runtime=runtime,
-        model=Model(),
-        policy=policy,
-        policy_states=states,
-        engine=None,
-        score=None,
-        pad_id=0,
-        minibatches=1,
-        max_tokens_per_microbatch=1000,
-        steps=10,
-        compute_dtype=None,
-        before_learning=lambda: None,
-    )
 
 
 @pytest.mark.parametrize("detach", [True, False])
