@@ -286,19 +286,20 @@ def _talk() -> None:
 
 
 def _eval_critic(arguments: argparse.Namespace) -> int:
-    _talk()
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from llmac.critics.report import tables
     from llmac.errors import ConfigError
-    from llmac.eval_critic import Truth, eval_critic
 
     step = arguments.step
     if step is not None and step != "final":
         if not step.isdigit():
             raise ConfigError(f"--step must be the number of a step, or final; found {step!r}")
         step = int(step)
+    _talk()
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from llmac.critics.report import tables
+    from llmac.eval_critic import Truth, eval_critic
+
     names = ("states", "depths", "rollouts", "siblings", "success_above")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     with Progress(console=Console(stderr=True), transient=True) as progress:
