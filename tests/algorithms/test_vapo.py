@@ -107,9 +107,13 @@ def test_only_right_responses_are_imitated_and_only_where_the_policy_learns(roll
     assert ((half > 0) == (rollouts.action_mask & (outcomes > 0.5)[:, None])).all()
     lower = card("vapo", correct_above=0.2).credit(rollouts, make_values(rollouts)).likelihood
     assert ((lower > 0) == (rollouts.action_mask & (outcomes > 0.2)[:, None])).all()
-    masked = card("vapo", mask_truncated=True).credit(rollouts, make_values(rollouts))
+    # Row 4 was cut, with a reward of .5: masked, it is neither imitated nor counted.
+    algorithm = card("vapo", correct_above=0.2, mask_truncated=True)
+    masked = algorithm.credit(rollouts, make_values(rollouts))
     assert (masked.likelihood[rollouts.truncated] == 0).all()
-    assert (masked.likelihood > 0).any()
+    right = masked.policy_mask & (outcomes > 0.2)[:, None]
+    weight = 0.1 * masked.policy_mask.sum() / right.sum()
+    assert torch.allclose(masked.likelihood[right], weight.double())
 
 
 def test_right_is_judged_by_the_rewards_before_the_kl(rollouts):
