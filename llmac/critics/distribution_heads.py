@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmac.core.categorical_heads import C51, HLGauss, OutcomeClasses, TwoHot
-from llmac.core.value_heads import Bernoulli, Gaussian, Head, Quantile
+from llmac.core.value_heads import Bernoulli, Gaussian, Quantile
 from llmac.critics.head_config import HeadConfig, refuse_unless
 
 MARGIN = 0.1
@@ -131,8 +131,8 @@ class QuantileConfig(HeadConfig):
     quantiles: int = 32
     """How many, at least 2; the value is off by at most the spread of the returns / 2 quantiles."""
     kappa: float = 0.0
-    """Errors below are squared, unit of reward. QR-DQN's 1.0 suits returns that spread over many units; in [0, 1] it
-    makes expectiles, whose average is not the mean return. 0: none."""
+    """Errors below are squared, as a fraction of the width of `reward_range`. QR-DQN's 1.0 suits returns that spread
+    over many units; as wide as the returns it makes expectiles, whose average is not the mean return. 0: none."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -142,12 +142,8 @@ class QuantileConfig(HeadConfig):
 
     def head(self) -> Quantile:
         """Quantiles."""
-        return Quantile(quantiles=self.quantiles, kappa=self.kappa)
-
-    def without_effect(self) -> dict[str, str]:
-        """Fields that do nothing as they are set, with the reason."""
-        idle = super().without_effect()
-        return idle | {"reward_range": "quantiles lie anywhere; they have no range"}
+        low, high = self.reward_range
+        return Quantile(quantiles=self.quantiles, kappa=self.kappa * (high - low))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +201,13 @@ class OutcomeClassesConfig(HeadConfig):
             all(a < b for a, b in itertools.pairwise(classes)),
             f"rewards must ascend, each class with its own, found {list(classes)}",
         )
+        low, high = self.reward_range
+        refuse_unless(
+            classes[0] <= low and high <= classes[-1],
+            f"rewards must cover reward_range ({low}, {high}), found {list(classes)}; set reward_range to the returns "
+            "you expect",
+        )
 
-    def head(self) -> Head:
+    def head(self) -> OutcomeClasses:
         """One class an outcome."""
         return OutcomeClasses(rewards=self.rewards)
-
-    def without_effect(self) -> dict[str, str]:
-        """Fields that do nothing as they are set, with the reason."""
-        idle = super().without_effect()
-        return idle | {"reward_range": "the classes' rewards say it"}

@@ -2,5 +2,6 @@
 
 `loading.py` names to live models · `packing.py` trajectories to padded rows and micro-batches ·
 `logprobs.py` log-probabilities without a [tokens, vocabulary] tensor · `policy.py` the module that is trained ·
-`value_model.py` a backbone with a scalar head. Only this room knows where a state's hidden vector sits.
+`value_model.py` a backbone with a value head from `value_heads.py` · `value_init.py` a reward model as its start.
+Only this room knows where a state's hidden vector sits.
 """

@@ -185,6 +185,13 @@ def test_returns_outside_of_the_support_are_counted(runtime):
     assert taught(wide, rollouts, 1)["critic/vf_target_clipfrac"].value == 0.0
 
 
+def test_scales_are_fractions_of_the_reward_range():
+    wide = {"reward_range": (-2.0, 2.0)}
+    assert CARDS["quantile"](kappa=0.5, **wide).head().kappa == 2.0
+    gaussian = CARDS["gaussian"](reach=0.25, **wide).head()
+    assert (gaussian.smallest_deviation, gaussian.reach) == pytest.approx((0.2, 1.0))
+
+
 def test_the_default_support_of_hl_gauss_is_the_recipe_at_any_scale():
     head = HLGaussConfig().head()
     assert (head.low, head.high, head.bins) == (pytest.approx(-0.1), pytest.approx(1.1), 101)
@@ -211,6 +218,7 @@ def test_the_default_support_of_hl_gauss_is_the_recipe_at_any_scale():
         ("gaussian", {"reach": 0.0}, "reach must be positive"),
         ("outcome_classes", {"rewards": (1.0,)}, "rewards must be at least two"),
         ("outcome_classes", {"rewards": (0.0, 1.0, 1.0)}, "rewards must ascend"),
+        ("outcome_classes", {"reward_range": (-2.0, 1.0)}, "rewards must cover reward_range"),
         ("bernoulli", {"reward_range": (1.0, 0.0)}, "reward_range must be"),
         ("value_head", {"combine": "min"}, "needs several heads to combine, found heads: 1"),
         ("value_head", {"heads": 0}, "heads must be at least 1"),
