@@ -273,7 +273,7 @@ def _sample(
     score = parts.held_out.score if parts.held_out else parts.score.for_evaluation()
     score.step = run.step
     settings = run.recipe.algorithm.settings
-    gamma = float(getattr(settings, "gamma", 1.0))  # only cards with a critic have one
+    gamma = float(getattr(settings, "gamma", 1.0))  # cards differ in fields
     since = time.monotonic()
     states = sample_states(
         parts.engine,

@@ -200,8 +200,8 @@ def critic_health(
     counts = [good.sum().double(), bad.sum().double()]
     won, lost, wins, losses = (float(x) for x in sum_across(torch.stack([*sums, *counts])))
     if wins and losses and won > 0:
-        asymmetry = (abs(lost) / losses) / (won / wins) / (wins / losses)
-        metrics["critic/advantage_asymmetry"] = Last(asymmetry)
+        # The counts of the two means are those of the odds, and cancel.
+        metrics["critic/advantage_asymmetry"] = Last(abs(lost) / won)
 
     for name, part in zip(("first", "middle", "last"), _thirds(mask), strict=True):
         explained = explained_variance(said, targets.returns, part, sum_across=sum_across)
