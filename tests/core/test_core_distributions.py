@@ -24,7 +24,7 @@ FOUR = bin_edges(0.0, 1.0, 4), bin_centers(0.0, 1.0, 4)
 RECIPE = bin_edges(-0.1, 1.1, 101), bin_centers(-0.1, 1.1, 101)
 
 
-def close(found, wanted, atol=1e-5):
+def check_close(found, wanted, atol=1e-5):
     torch.testing.assert_close(found, torch.as_tensor(wanted), rtol=0, atol=atol, check_dtype=False)
 
 
@@ -45,77 +45,77 @@ def test_hl_gauss_of_four_bins(y, mass, of_mass, density, of_density):
     # Card T10.1
     edges, centers = FOUR
     q = gaussian_mass(torch.tensor(y), edges, sigma=0.1875)
-    close(q, mass)
-    close(mean(q, centers), of_mass)
+    check_close(q, mass)
+    check_close(mean(q, centers), of_mass)
     q = gaussian_density(torch.tensor(y), centers, sigma=0.1875)
-    close(q, density)
-    close(mean(q, centers), of_density)
+    check_close(q, density)
+    check_close(mean(q, centers), of_density)
 
 
 def test_the_end_of_a_support_biases_hl_gauss_and_a_margin_does_not():
     # Card T10.2
     one = torch.tensor(1.0)
     edges, centers = FOUR
-    close(mean(gaussian_mass(one, edges, sigma=0.1875), centers), 0.827463)
+    check_close(mean(gaussian_mass(one, edges, sigma=0.1875), centers), 0.827463)
     edges, centers = bin_edges(0.0, 1.0, 101), bin_centers(0.0, 1.0, 101)
-    close(mean(gaussian_mass(one, edges, sigma=0.75 / 101), centers), 0.993167)
+    check_close(mean(gaussian_mass(one, edges, sigma=0.75 / 101), centers), 0.993167)
     edges, centers = RECIPE
-    close(mean(gaussian_mass(one, edges, sigma=0.024), centers), 0.999998)
+    check_close(mean(gaussian_mass(one, edges, sigma=0.024), centers), 0.999998)
 
 
 def test_cross_entropy_of_an_even_softmax_and_at_best():
     # Card T10.3
     edges, centers = FOUR
     q = gaussian_mass(torch.tensor(0.5), edges, sigma=0.1875)
-    close(cross_entropy(torch.zeros(4), q), math.log(4))
-    close(cross_entropy(q.log(), q), 1.158592)
+    check_close(cross_entropy(torch.zeros(4), q), math.log(4))
+    check_close(cross_entropy(q.log(), q), 1.158592)
     edges, centers = RECIPE
     half = torch.tensor(0.5)
     for q, floor in (
         (gaussian_mass(half, edges, sigma=0.024), 2.132),
         (gaussian_density(half, centers, sigma=0.024), 2.122),
     ):
-        close(cross_entropy(torch.zeros(101), q), 4.615121)
-        close(cross_entropy(q.clamp(min=1e-30).log(), q), floor, atol=1e-3)
+        check_close(cross_entropy(torch.zeros(101), q), 4.615121)
+        check_close(cross_entropy(q.clamp(min=1e-30).log(), q), floor, atol=1e-3)
 
 
 def test_the_gradient_of_cross_entropy_is_what_is_said_minus_what_should_be():
     # Card T10.4
     logits = torch.zeros(4, requires_grad=True)
     cross_entropy(logits, gaussian_mass(torch.tensor(0.8), FOUR[0], sigma=0.1875)).backward()
-    close(logits.grad, [0.248055, 0.188008, -0.14684, -0.289223])
+    check_close(logits.grad, [0.248055, 0.188008, -0.14684, -0.289223])
 
 
 def test_a_mixture_of_targets_says_the_mean_return():
     # Card T10.5: the best head after 30 % successes decodes 0.3
     edges, centers = RECIPE
     zero, one = (gaussian_mass(torch.tensor(y), edges, sigma=0.024) for y in (0.0, 1.0))
-    close(mean(0.7 * zero + 0.3 * one, centers), 0.300001, atol=2e-6)
+    check_close(mean(0.7 * zero + 0.3 * one, centers), 0.300001, atol=2e-6)
 
 
 def test_two_hot_is_exact_everywhere_ends_included():
     # Card T10.7
-    close(two_hot(torch.tensor(0.8), FIVE), [0, 0, 0, 0.8, 0.2])
-    close(two_hot(torch.tensor(1.0), FIVE), [0, 0, 0, 0, 1.0])
+    check_close(two_hot(torch.tensor(0.8), FIVE), [0, 0, 0, 0.8, 0.2])
+    check_close(two_hot(torch.tensor(1.0), FIVE), [0, 0, 0, 0, 1.0])
     uneven = torch.tensor([-1.0, -0.6, -0.3, 1.0])
     for atoms in (FIVE, uneven):
         y = torch.linspace(float(atoms[0]), float(atoms[-1]), 37)
         q = two_hot(y, atoms)
-        close(mean(q, atoms), y)
+        check_close(mean(q, atoms), y)
         assert ((q > 1e-7).sum(-1) <= 2).all()
-        close(q.sum(-1), torch.ones(37))
+        check_close(q.sum(-1), torch.ones(37))
 
 
 def test_what_lies_outside_of_the_atoms_counts_as_the_nearest():
-    close(two_hot(torch.tensor([-3.0, 7.0]), FIVE), [[1.0, 0, 0, 0, 0], [0, 0, 0, 0, 1.0]])
+    check_close(two_hot(torch.tensor([-3.0, 7.0]), FIVE), [[1.0, 0, 0, 0, 0], [0, 0, 0, 0, 1.0]])
 
 
 def test_c51_projects_a_shrunk_distribution():
     # Card T10.10
     p = torch.tensor([0.2, 0.0, 0.3, 0.0, 0.5])
     q = project(0.9 * FIVE, p, FIVE)
-    close(q, [0.2, 0.06, 0.24, 0.2, 0.3])
-    close(mean(q, FIVE), 0.585)
+    check_close(q, [0.2, 0.06, 0.24, 0.2, 0.3])
+    check_close(mean(q, FIVE), 0.585)
 
 
 def responses(seed=0):
@@ -148,8 +148,8 @@ def test_the_mean_of_a_bootstrapped_distribution_is_the_scalar_lambda_return(lam
         lam=lam,
         action_mask=mask,
     )
-    close((mean(q, FIVE) - values[:, :-1])[mask], advantages[mask])
-    close(q.sum(-1)[mask], torch.ones(int(mask.sum())))
+    check_close((mean(q, FIVE) - values[:, :-1])[mask], advantages[mask])
+    check_close(q.sum(-1)[mask], torch.ones(int(mask.sum())))
 
 
 def test_lambda_one_makes_c51_two_hot_of_the_return():
@@ -157,36 +157,36 @@ def test_lambda_one_makes_c51_two_hot_of_the_return():
     q = lambda_distributions(p, rewards, mask, truncated, FIVE, gamma=1.0, lam=1.0)
     returns = rewards.sum(1, keepdim=True).expand_as(rewards)
     ended = mask & ~truncated[:, None]
-    close(q[ended], two_hot(returns, FIVE)[ended])
-    close(q[2, 0], p[2, 2])  # the truncated row goes on as the critic says
+    check_close(q[ended], two_hot(returns, FIVE)[ended])
+    check_close(q[2, 0], p[2, 2])  # the truncated row goes on as the critic says
 
 
 def test_lambda_zero_looks_one_asked_state_ahead():
     p, rewards, mask, truncated = responses()
     q = lambda_distributions(p, rewards, mask, truncated, FIVE, gamma=1.0, lam=0.0)
-    close(q[0, 0], p[0, 1])
-    close(q[1, 0], p[1, 2])  # the injected token's state is not asked
-    close(q[0, 3], two_hot(torch.tensor(0.5), FIVE))
+    check_close(q[0, 0], p[0, 1])
+    check_close(q[1, 0], p[1, 2])  # the injected token's state is not asked
+    check_close(q[0, 3], two_hot(torch.tensor(0.5), FIVE))
 
 
 @pytest.mark.parametrize("wanted", [0.003, 0.3, 0.5, 0.97])
 @pytest.mark.parametrize("atoms", [FIVE, RECIPE[1], torch.tensor([-1.0, -0.6, -0.3, 1.0])])
 def test_the_most_even_distribution_has_the_wanted_mean(atoms, wanted):
     logits = even_with_mean(wanted, atoms)
-    close(expectation(logits, atoms), wanted, atol=2e-6)
+    check_close(expectation(logits, atoms), wanted, atol=2e-6)
     steps = logits.diff() / atoms.diff()  # a straight line in the atoms
-    close(steps, steps[0].expand_as(steps), atol=1e-3 * float(steps.abs().max()) + 1e-3)
+    check_close(steps, steps[0].expand_as(steps), atol=1e-3 * float(steps.abs().max()) + 1e-3)
 
 
 def test_a_mean_at_the_end_or_beyond_is_moved_inside():
     for wanted, found in ((0.0, 0.0), (-5.0, 0.0), (1.0, 1.0), (9.0, 1.0)):
-        close(expectation(even_with_mean(wanted, FIVE), FIVE), found)
+        check_close(expectation(even_with_mean(wanted, FIVE), FIVE), found)
     wide = torch.tensor([-500.0, 700.0])
-    close(expectation(even_with_mean(100.0, wide), wide), 100.0, atol=1e-3)
+    check_close(expectation(even_with_mean(100.0, wide), wide), 100.0, atol=1e-3)
 
 
 def test_values_are_decoded_in_float32_from_half_precision():
     logits = even_with_mean(0.3, RECIPE[1])
     half = logits.bfloat16()
-    close(expectation(half, RECIPE[1]), mean(half.float().softmax(-1), RECIPE[1]), atol=1e-6)
+    check_close(expectation(half, RECIPE[1]), mean(half.float().softmax(-1), RECIPE[1]), atol=1e-6)
     assert expectation(half, RECIPE[1]).dtype == torch.float32
