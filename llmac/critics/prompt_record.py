@@ -1,17 +1,19 @@
 """Which prompts were asked lately, and what the responses earned: the context of V_0."""
 
-import dataclasses
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from llmac.core.types import Prompt
 from llmac.errors import CheckpointError
 
-RECORD_FILE = "prompt_record.json"
+RECORD_FILE = "prompt_record.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,19 +60,17 @@ class PromptRecord:
 
     def save(self, directory: Path) -> None:
         """One file; call it on one rank."""
-        entries = [
-            {
-                **dataclasses.asdict(entry),
-                "prompt": {
-                    "id": entry.prompt.id,
-                    "token_ids": list(entry.prompt.token_ids),
-                    "source": entry.prompt.source,
-                },
-            }
-            for entry in self._entries
-        ]
-        content = {"step": self.step, "entries": entries}
-        (directory / RECORD_FILE).write_text(json.dumps(content))
+        entries = list(self._entries)
+        numbers = {
+            "token_ids": torch.tensor([i for e in entries for i in e.prompt.token_ids]),
+            "tokens": torch.tensor([len(e.prompt.token_ids) for e in entries]),
+            "solved": torch.tensor([e.solved for e in entries], dtype=torch.float64),
+            "responses": torch.tensor([e.responses for e in entries]),
+            "steps": torch.tensor([e.step for e in entries]),
+        }
+        texts = json.dumps([(e.prompt.id, e.prompt.source) for e in entries])
+        metadata = {"step": str(self.step), "prompts": texts}
+        save_file(numbers, directory / RECORD_FILE, metadata=metadata)
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote; of a longer record the newest entries are kept.
@@ -83,9 +83,17 @@ class PromptRecord:
             raise CheckpointError(
                 f"{directory} has no {RECORD_FILE}: it was not saved by a prompt_value critic"
             )
-        content: dict[str, Any] = json.loads(path.read_text())
-        self.step = int(content["step"])
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.step = int(metadata["step"])
+        ids = numbers["token_ids"].long().split(numbers["tokens"].tolist())
+        columns = (numbers[name].tolist() for name in ("solved", "responses", "steps"))
         self._entries.clear()
-        for entry in content["entries"]:
-            prompt = entry["prompt"] | {"token_ids": tuple(entry["prompt"]["token_ids"])}
-            self._entries.append(Asked(**entry | {"prompt": Prompt(**prompt)}))
+        for (name, source), tokens, solved, responses, step in zip(
+            json.loads(metadata["prompts"]), ids, *columns, strict=True
+        ):
+            prompt = Prompt(id=name, token_ids=tuple(tokens.tolist()), source=source)
+            self._entries.append(
+                Asked(prompt=prompt, solved=solved, responses=responses, step=step)
+            )
