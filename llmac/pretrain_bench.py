@@ -1,8 +1,7 @@
 """A recipe's critic without the rest of a run: its policy does not learn, and nothing is sampled."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmac.config import Recipe
 from llmac.core.protocols import Completion, Critic, Request
 from llmac.core.types import Trajectory
-from llmac.critics.bench import CriticBench
+from llmac.critics.bench import CriticBench, Shippable
 from llmac.errors import ConfigError
 from llmac.models.loading import load_causal_lm, torch_dtype
 from llmac.models.packing import PackedRows
@@ -19,13 +18,8 @@ from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
 
 
-@runtime_checkable
-class LearnedCritic(Critic, Protocol):
-    """A critic with weights, that can be shipped."""
-
-    def save_pretrained(self, directory: Path, *, policy: Path) -> None:
-        """Write a folder that `ValueModel.from_pretrained` loads. Collective."""
-        ...
+class LearnedCritic(Critic, Shippable, Protocol):
+    """A critic with weights, that is a folder in the end."""
 
 
 def critic_of(recipe: Recipe, runtime: Runtime, *, pad_id: int, steps: int) -> LearnedCritic:
@@ -69,12 +63,12 @@ def critic_of(recipe: Recipe, runtime: Runtime, *, pad_id: int, steps: int) -> L
         before_learning=nobody.sleep,
     )
     critic = recipe.critic.settings.build(bench)
-    if not isinstance(critic, LearnedCritic):
+    if not isinstance(critic, Shippable):
         raise ConfigError(
             f"critic {recipe.critic.name} has no weights to pre-train; choose a value model, for example "
             "critic: {name: value_head}"
         )
-    return critic
+    return cast(LearnedCritic, critic)
 
 
 def check_critic(recipe: Recipe) -> None:

@@ -19,23 +19,22 @@ from pathlib import Path
 from llmac.config import Recipe, dump, plain, verify
 from llmac.core.measures import Metrics
 from llmac.core.segments import every_token
-from llmac.errors import ConfigError, DataError
+from llmac.errors import ConfigError
 from llmac.export import check_not_empty
 from llmac.metrics import MetricLog
-from llmac.models.loading import check_vocabulary, load_tokenizer, pad_token_id
+from llmac.models.loading import load_tokenizer, pad_token_id
 from llmac.pretrain_bench import LearnedCritic, check_critic, critic_of
+from llmac.pretrain_file import examples_in, say_what_there_is
 from llmac.pretrain_report import Judged, report
 from llmac.pretrain_rows import (
     Example,
     chunks,
-    examples_of,
     returns_of,
     rollouts_of,
     share_of,
     split_by_prompt,
     targets_of,
 )
-from llmac.rollout_store import StoredRollouts, read_store, vocabulary_mark
 from llmac.runtime.context import Runtime
 from llmac.runtime.liveness import Liveness
 
@@ -122,7 +121,9 @@ def value_pretrain(
     kept = output / "critic"
     if kept.exists():
         raise ConfigError(f"{kept} exists; name another folder with --output, or remove it")
-    learn, held_out = _examples(recipe, rollouts, how)
+    learn, held_out = split_by_prompt(
+        examples_in(rollouts, recipe), how.held_out, seed=recipe.run.seed
+    )
     with contextlib.ExitStack() as cleanup:
         runtime = Runtime.create(seed=recipe.run.seed, output=output)
         liveness = Liveness.start(runtime)
@@ -134,55 +135,8 @@ def value_pretrain(
                 (output / "config.yaml").write_text(dump(recipe))
             runtime.start_trackers(recipe.run.trackers, recipe.run.project, plain(recipe))
             if runtime.is_main:
-                _describe(rollouts, learn, held_out)
+                say_what_there_is(rollouts, learn, held_out)
             return _Fit(recipe, how, runtime, learn, held_out).run(output)
-
-
-def _examples(recipe: Recipe, path: Path, how: Pretraining) -> tuple[list[Example], list[Example]]:
-    """What to learn from and what to hold out, after everything that can be wrong with a file was looked at."""
-    stored = read_store(path)
-    _check_vocabulary(recipe, stored, path)
-    examples = examples_of(stored, path, skip_truncated=recipe.algorithm.settings.mask_truncated)
-    return split_by_prompt(examples, how.held_out, seed=recipe.run.seed)
-
-
-def _check_vocabulary(recipe: Recipe, stored: StoredRollouts, path: Path) -> None:
-    tokenizer = load_tokenizer(recipe.model)
-    sampled_with = stored.about.get("vocabulary")
-    if sampled_with is not None and sampled_with != vocabulary_mark(tokenizer.get_vocab()):
-        raise DataError(
-            f"{path} was sampled by {stored.about.get('model')} with another vocabulary than the tokenizer of "
-            f"{recipe.model.tokenizer or recipe.model.name} has: its token ids mean something else here. Sample anew, "
-            "or name the model that sampled them"
-        )
-    largest = max(max(t.prompt.token_ids + t.response_ids, default=0) for t in stored.trajectories)
-    try:
-        check_vocabulary(recipe.model, largest)
-    except ConfigError as error:
-        raise DataError(
-            f"{path} has token {largest}, which {recipe.model.name} has no embedding for: it was sampled by another "
-            "model. Sample anew, or name that model"
-        ) from error
-
-
-def _describe(path: Path, learn: Sequence[Example], held_out: Sequence[Example]) -> None:
-    prompts = [len({e.trajectory.prompt.token_ids for e in part}) for part in (learn, held_out)]
-    logger.info(
-        "%s: %d responses to %d prompts to learn from, %d to %d others held out",
-        path,
-        len(learn),
-        prompts[0],
-        len(held_out),
-        prompts[1],
-    )
-    rewards = {e.trajectory.reward for e in (*learn, *held_out)}
-    if len(rewards) == 1:
-        logger.warning(
-            "%s: all %d responses have the reward %s; nothing tells them apart, and the critic will learn that number",
-            path,
-            len(learn) + len(held_out),
-            rewards.pop(),
-        )
 
 
 class _Fit:
