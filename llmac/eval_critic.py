@@ -1,13 +1,11 @@
 """`llmac eval-critic`: how good is the critic of a run, against continuations sampled by its policy?"""
 
-import contextlib
 import json
 import logging
 import os
 import re
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from llmac.build import (
-    _sampling,  # pyright: ignore[reportPrivateUsage]
-    build,
-)
+from llmac.build import _sampling  # pyright: ignore[reportPrivateUsage]
 from llmac.config import Recipe, verify
 from llmac.config.cards import Choice, choose_algorithm, choose_critic
 from llmac.config.loading import YamlReader
@@ -30,14 +25,13 @@ from llmac.critics.picture import plot_calibration
 from llmac.critics.report import as_dict
 from llmac.critics.states import States, Told, check_numbers, sample_states
 from llmac.errors import CheckpointError, ConfigError, DataError
-from llmac.loop import Parts, synchronize
+from llmac.loop import Parts
 from llmac.models.loading import load_tokenizer, pad_token_id, torch_dtype
 from llmac.models.value_heads import HEAD_FILE
 from llmac.models.value_model import ValueModel
 from llmac.rollout_store import check_storable, vocabulary_mark
 from llmac.runtime.checkpoint import Saveable
-from llmac.runtime.context import Runtime
-from llmac.saved_run import SavedRun, Step, find_run, restore
+from llmac.saved_run import SavedRun, Step, find_run, opened
 from llmac.state_store import read_states, write_states
 
 logger = logging.getLogger(__name__)
@@ -130,7 +124,8 @@ def eval_critic(
         "critic": _described(chosen, critic, run),
         "seed": seed,
     }
-    with _parts(run, chosen, seed) as parts:
+    card = chosen if isinstance(chosen, Choice) else None
+    with opened(run, critic=card, seed=seed) as parts:
         vocabulary = vocabulary_mark(load_tokenizer(run.recipe.model).get_vocab())
         live = _live(chosen, run, parts)
         if stored is None:
@@ -206,44 +201,6 @@ def _make_writable(folder: Path) -> None:
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder} is read-only for this user; name another with --output")
-
-
-@contextlib.contextmanager
-def _parts(run: SavedRun, chosen: Path | Choice, seed: int) -> Iterator[Parts]:
-    """The run's parts with the weights of the moment; all they write goes to a folder that is thrown away."""
-    with contextlib.ExitStack() as cleanup:
-        aside = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmac-eval-critic-"))
-        runtime = Runtime.create(seed=seed, output=None)
-        cleanup.callback(runtime.close)
-        if runtime.world_size > 1:
-            raise ConfigError("llmac eval-critic is one process; start it without a launcher")
-        parts = build(_to_look_at(run, chosen, aside, seed), runtime)
-        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engine.close):
-            cleanup.callback(close)
-        if run.weights is not None and not run.is_final:
-            roles: dict[str, Saveable] = {"policy": parts.actor}
-            if chosen is run.recipe.critic and isinstance(parts.critic, Saveable):
-                roles["critic"] = parts.critic
-            restore(run, roles, runtime)
-        synchronize(parts, version=run.step, probe=True)
-        yield parts
-
-
-def _to_look_at(run: SavedRun, chosen: Path | Choice, aside: str, seed: int) -> Recipe:
-    """The run's recipe as far as its policy, its prompts and its rewards go, with the critic that was asked for."""
-    recipe = run.recipe
-    changes: dict[str, Any] = {
-        # The plainest card that takes a critic: no reference policy, no stored rollouts to load.
-        "algorithm": choose_algorithm("ppo"),
-        "critic": chosen if isinstance(chosen, Choice) else None,
-        "run": recipe.run.model_copy(
-            update={"output": aside, "resume": "auto", "trackers": (), "seed": seed}
-        ),
-    }
-    if run.is_final:
-        saved = {"name": str(run.weights), "tokenizer": None, "revision": None, "lora": None}
-        changes["model"] = recipe.model.model_copy(update=saved)
-    return recipe.model_copy(update=changes)
 
 
 def _live(chosen: Path | Choice, run: SavedRun, parts: Parts) -> Critic:

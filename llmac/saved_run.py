@@ -1,14 +1,18 @@
 """What a run has left: its recipe, and the weights of a step to look at again without changing anything."""
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from llmac.build import build
 from llmac.config import Recipe, load_recipe
+from llmac.config.cards import Choice, choose_algorithm
 from llmac.errors import CheckpointError, ConfigError
+from llmac.loop import Parts, synchronize
 from llmac.runtime.checkpoint import CheckpointStore, Saveable
 from llmac.runtime.context import Runtime
 
@@ -71,29 +75,74 @@ def find_run(source: str | Path, overrides: Sequence[str] = (), *, step: Step = 
     return SavedRun(recipe=recipe, folder=source, weights=_weights(source, step, needed=True))
 
 
-def restore(run: SavedRun, roles: Mapping[str, Saveable], runtime: Runtime) -> None:
-    """Load the given roles of the run's checkpoint, and no others; the checkpoint is verified and not changed.
+@contextlib.contextmanager
+def opened(run: SavedRun, *, critic: Choice | None, seed: int) -> Iterator[Parts]:
+    """The parts of a run with the weights of its moment, in trainer and engine; closed at the end of the block.
+
+    The run is not changed: all that parts write goes to a folder that is thrown away. One process.
 
     Args:
-        run: its `weights` are a checkpoint.
-        roles: what to load, by role.
-        runtime: the process group.
+        run: which, and when.
+        critic: the run's own, which gets its weights from a checkpoint, or another one, which stays as it is built;
+            None: no critic.
+        seed: of prompts, sampling and initialisation.
 
     Raises:
-        CheckpointError: it is damaged, lacks a role, or a role does not fit.
+        ConfigError: several processes were launched, or the recipe cannot be built.
+        CheckpointError: the checkpoint is damaged, or does not fit the recipe.
     """
-    assert run.weights is not None
-    assert not run.is_final
+    with contextlib.ExitStack() as cleanup:
+        aside = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmac-look-"))
+        runtime = Runtime.create(seed=seed, output=None)
+        cleanup.callback(runtime.close)
+        if runtime.world_size > 1:
+            raise ConfigError("looking at a saved run is one process; start it without a launcher")
+        parts = build(_to_look_at(run, critic, aside, seed), runtime)
+        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engine.close):
+            cleanup.callback(close)
+        if run.weights is not None and not run.is_final:
+            roles: dict[str, Saveable] = {"policy": parts.actor}
+            if critic is run.recipe.critic and isinstance(parts.critic, Saveable):
+                roles["critic"] = parts.critic
+            _restore(run.weights, roles, runtime)
+        synchronize(parts, version=run.step, probe=True)
+        yield parts
+
+
+def _to_look_at(run: SavedRun, critic: Choice | None, aside: str, seed: int) -> Recipe:
+    """The run's recipe as far as its policy, its prompts and its rewards go."""
+    recipe = run.recipe
+    changes: dict[str, Any] = {
+        # The plainest card that takes a critic: no reference policy, no stored rollouts to load.
+        "algorithm": choose_algorithm("ppo"),
+        "critic": critic,
+        "run": recipe.run.model_copy(
+            update={"output": aside, "resume": "auto", "trackers": (), "seed": seed}
+        ),
+    }
+    if run.is_final:
+        saved = {"name": str(run.weights), "tokenizer": None, "revision": None, "lora": None}
+        changes["model"] = recipe.model.model_copy(update=saved)
+    return recipe.model_copy(update=changes)
+
+
+def _restore(checkpoint: Path, roles: Mapping[str, Saveable], runtime: Runtime) -> None:
+    """Load the given roles of a checkpoint, and no others; it is verified and not changed."""
     try:
-        manifest = json.loads((run.weights / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         saved, fingerprint = list(manifest["roles"]), str(manifest["fingerprint"])
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{run.weights} has no readable manifest.json: {error}") from error
+        raise CheckpointError(f"{checkpoint} has no readable manifest.json: {error}") from error
     # Seen through a store of its own: the run's would be claimed, and may still be written by the run.
     with tempfile.TemporaryDirectory(prefix="llmac-look-") as aside:
         store = CheckpointStore(aside, keep_last=1, runtime=runtime, fingerprint=fingerprint)
-        (Path(aside) / run.weights.name).symlink_to(run.weights.resolve())
-        store.restore_latest({**{role: _LeftAlone() for role in saved}, **roles})
+        view = Path(aside) / checkpoint.name
+        view.symlink_to(checkpoint.resolve())
+        try:
+            store.restore_latest({**{role: _LeftAlone() for role in saved}, **roles})
+        except CheckpointError as error:
+            message = str(error).replace(str(view), str(checkpoint))
+            raise CheckpointError(message.replace(aside, str(checkpoint.parent))) from error
 
 
 class _LeftAlone:
