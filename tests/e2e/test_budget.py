@@ -5,6 +5,7 @@ import json
 
 import pyarrow.parquet
 import pytest
+from safetensors.torch import load_file
 
 import llmac
 from llmac.errors import ConfigError
@@ -60,6 +61,19 @@ def test_a_killed_run_divides_as_if_it_had_not_been(divided, critic, tmp_path):
         llmac.train(**sections(copy.deepcopy(divided)))
     assert [group_sizes(half, step) for step in (3, 4)] == expected
     assert expected[0] != expected[1]
+
+
+@pytest.mark.slow
+def test_two_processes_know_the_same_prompts(divided, write_recipe, run, tmp_path):
+    divided["critic"] = {"name": "prompt_value", "learner": "transformer"}
+    divided["run"]["steps"] = 2
+    code, printed = run(write_recipe(divided), processes=2).finish()
+    assert code == 0, printed
+    record = load_file(tmp_path / "run/final/critic/prompt_record.safetensors")
+    assert record["steps"].tolist()[:24] == [1] * 12 + [2] * 12  # of both, in every step
+    assert record["responses"][:24].sum() == 2 * 48
+    # Each process divides its own half; rank 0 keeps a table of it.
+    assert sum(group_sizes(tmp_path / "run", 2)) == 24
 
 
 @pytest.mark.slow
