@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmac.config import Recipe
-from llmac.core.protocols import Completion, Critic, Request
+from llmac.core.protocols import Completion, Critic, Observer, Request
 from llmac.core.types import Trajectory
 from llmac.critics.bench import CriticBench, Shippable
 from llmac.errors import ConfigError
@@ -63,9 +63,9 @@ def critic_of(recipe: Recipe, runtime: Runtime, *, pad_id: int, steps: int) -> L
         before_learning=nobody.sleep,
     )
     critic = recipe.critic.settings.build(bench)
-    if not isinstance(critic, Shippable):
+    if not isinstance(critic, Shippable) or isinstance(critic, Observer):
         raise ConfigError(
-            f"critic {recipe.critic.name} has no weights to pre-train; choose a value model, for example "
+            f"critic {recipe.critic.name} does not learn from returns; choose a value model, for example "
             "critic: {name: value_head}"
         )
     return cast(LearnedCritic, critic)

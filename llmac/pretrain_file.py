@@ -74,19 +74,25 @@ def _check_vocabulary(recipe: Recipe, stored: StoredRollouts, path: Path) -> Non
 
 
 def _check_range(recipe: Recipe, examples: Sequence[Example], path: Path) -> None:
-    """Ask the head for the smallest and the largest reward; heads with a support answer with what is nearest."""
-    assert recipe.critic is not None, "checked before"
-    head_of = getattr(recipe.critic.settings, "head", None)  # critics that are no head have none
-    head = head_of() if callable(head_of) else None
-    if not isinstance(head, Head):
-        return
+    """Ask the critic for the smallest and the largest reward; one with a support answers with what is nearest."""
     rewards = [e.trajectory.reward or 0.0 for e in examples]
     low, high = min(rewards), max(rewards)
+    assert recipe.critic is not None, "checked before"
     for reward in (low, high):
-        nearest = float(head.decode(head.start(reward)))
+        nearest = _nearest(recipe.critic.settings, reward)
         if abs(nearest - reward) > SLACK * max(abs(low), abs(high), high - low):
             raise ConfigError(
-                f"critic: the head of {recipe.critic.name} cannot say {reward:.4g}, a reward in {path}; the nearest it "
+                f"critic: {recipe.critic.name} cannot say {reward:.4g}, a reward in {path}; the nearest it "
                 f"can is {nearest:.4g}. The rewards there go from {low:.4g} to {high:.4g}: let critic.reward_range "
-                "cover them, or what else says the range of this head (support, rewards)"
+                "cover them, or what else says the range of this critic (support, rewards)"
             )
+
+
+def _nearest(settings: object, reward: float) -> float:
+    """The value nearest to a reward that a critic can say, as far as its settings tell."""
+    head_of = getattr(settings, "head", None)  # not every critic is a head on a language model
+    head = head_of() if callable(head_of) else None
+    if isinstance(head, Head):
+        return float(head.decode(head.start(reward)))
+    low, high = getattr(settings, "reward_range", (reward, reward))
+    return min(max(reward, low), high)

@@ -124,11 +124,14 @@ def share_of(rows: Sequence[int], *, minibatches: int, rank: int, world_size: in
     return Share(rows=tuple(r for r, _ in dealt), counts=tuple(c for _, c in dealt))
 
 
-def rollouts_of(examples: Sequence[Example]) -> Rollouts:
-    """The examples as tensors; the sampler's log-probabilities stand for the policy's, which nobody has asked."""
-    trajectories = [e.trajectory for e in examples]
-    longest = max(len(t.response_ids) for t in trajectories)
-    batch = collate(trajectories, length_limit=longest)
+def rollouts_of(examples: Sequence[Example], *, length_limit: int) -> Rollouts:
+    """The examples as tensors; the sampler's log-probabilities stand for the policy's, which nobody has asked.
+
+    Args:
+        examples: the rows.
+        length_limit: of the whole file and not of these rows: critics may look at the share of it that is used up.
+    """
+    batch = collate([e.trajectory for e in examples], length_limit=length_limit)
     return Rollouts(
         response_ids=batch.response_ids,
         action_mask=batch.action_mask,
@@ -138,7 +141,7 @@ def rollouts_of(examples: Sequence[Example]) -> Rollouts:
         sampler_logprobs=batch.sampler_logprobs,
         old_logprobs=batch.sampler_logprobs,
         ref_logprobs=None,
-        length_limit=longest,
+        length_limit=length_limit,
         trajectories=batch.trajectories,
     )
 

@@ -154,6 +154,8 @@ class _Fit:
         self._learn, self._held_out = learn, held_out
         settings = recipe.algorithm.settings
         self._rows = min(len(learn), recipe.actor.prompts_per_step * settings.group_size)
+        longest = max(len(e.trajectory.response_ids) for e in (*learn, *held_out))
+        self._length_limit = max(longest, recipe.rollout.max_new_tokens)
         self._gamma: float = getattr(settings, "gamma", 1.0)  # cards without a discount have none
         assert recipe.critic is not None
         own = getattr(recipe.critic.settings, "minibatches", None)  # not every critic cuts steps
@@ -195,7 +197,7 @@ class _Fit:
         """One pass over what is to be learned; in epoch 0 the critic only sees the scale of the rewards."""
         for rows in chunks(len(self._learn), self._rows, seed=self._recipe.run.seed, epoch=epoch):
             examples, counts = self._share(self._learn, rows, minibatches=self._minibatches)
-            rollouts = rollouts_of(examples)
+            rollouts = rollouts_of(examples, length_limit=self._length_limit)
             values = self._critic.values(rollouts, every_token(rollouts.action_mask))
             if epoch == 0:
                 return
@@ -213,7 +215,7 @@ class _Fit:
         for start in range(0, len(self._held_out), self._rows):
             rows = everything[start : start + self._rows]
             examples, counts = self._share(self._held_out, rows, minibatches=1)
-            rollouts = rollouts_of(examples)
+            rollouts = rollouts_of(examples, length_limit=self._length_limit)
             values = self._critic.values(rollouts, every_token(rollouts.action_mask))
             returns = returns_of(examples, rollouts, gamma=self._gamma)
             mine += [
@@ -241,15 +243,18 @@ class _Fit:
 
     def _keep(self, output: Path) -> None:
         """Put the critic as it is in the place of the best one so far. Collective."""
-        kept, aside = output / "critic", output / ".critic"
-        if self._runtime.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
+        kept, aside, older = (output / name for name in ("critic", ".critic", ".older"))
+        if self._runtime.is_main:  # of an earlier try that was killed
+            for left in (aside, older):
+                shutil.rmtree(left, ignore_errors=True)
         self._runtime.barrier()
         self._critic.save_pretrained(aside, policy=Path(self._recipe.model.name))
         if self._runtime.is_main:
             check_not_empty(aside)
-            shutil.rmtree(kept, ignore_errors=True)
+            if kept.exists():
+                kept.replace(older)
             aside.replace(kept)
+            shutil.rmtree(older, ignore_errors=True)
         self._runtime.barrier()
 
     def _say(self, epoch: int, found: dict[str, float], *, better: bool) -> None:

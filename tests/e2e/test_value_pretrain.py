@@ -289,6 +289,13 @@ def test_a_head_must_be_able_to_say_the_rewards_of_the_file(critic, fits, ppo, t
         examples_in(path, load_recipe(ppo))
 
 
+@pytest.mark.parametrize("name", ["group_mean", "prompt_value"])
+def test_critics_that_do_not_learn_from_returns_say_so(name, ppo, stored, tmp_path):
+    ppo["critic"] = {"name": name}
+    with pytest.raises(ConfigError, match=f"critic {name} does not learn from returns"):
+        value_pretrain(load_recipe(ppo), stored, tmp_path / "vp")
+
+
 def test_what_cannot_work_is_said_before_a_model_is_loaded(ppo, stored, tmp_path, home):
     def refused(error, match, *, rollouts=stored, how=None, **sections):
         changed = {n: v for n, v in (ppo | sections).items() if v is not None}

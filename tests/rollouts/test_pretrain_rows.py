@@ -119,6 +119,12 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own():
     assert first == again != second
 
 
+def test_the_share_of_the_limit_that_is_used_up_does_not_depend_on_the_rows():
+    assert rollouts_of([example()], length_limit=8).length_limit == 8
+    with_longer = [example(), example(response=(1,) * 6)]
+    assert rollouts_of(with_longer, length_limit=8).length_limit == 8
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 11])
 @pytest.mark.parametrize("minibatches", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -144,7 +150,7 @@ def test_a_minibatch_of_all_ranks_together_is_that_of_one_process(rows, minibatc
 
 def test_with_lambda_one_the_target_is_the_outcome_whatever_the_critic_says():
     examples = [example(reward=0.25), example(response=(3,), reward=-2.0, finish=Finish.LENGTH)]
-    rollouts = rollouts_of(examples)
+    rollouts = rollouts_of(examples, length_limit=8)
     values = values_of(rollouts, [[0.5, 0.1, 0.9], [0.4, 0.0, 0.0]])
     for asked in (None, values):
         returns = returns_of(examples, rollouts, gamma=1.0, values=asked)
@@ -153,7 +159,7 @@ def test_with_lambda_one_the_target_is_the_outcome_whatever_the_critic_says():
 
 def test_discount_and_lambda_are_those_of_generalized_advantage_estimation():
     examples = [example(reward=1.0)]
-    rollouts = rollouts_of(examples)
+    rollouts = rollouts_of(examples, length_limit=8)
     # .5² · 1, .5 · 1, 1
     assert returns_of(examples, rollouts, gamma=0.5).tolist() == [[0.25, 0.5, 1.0]]
     # T4.7: A(.95) = [.7655, .49, .2] with V = [.2, .5, .8]; targets A + V
@@ -167,13 +173,13 @@ def test_discount_and_lambda_are_those_of_generalized_advantage_estimation():
 
 def test_estimates_of_sampled_continuations_take_the_place_of_the_outcome():
     examples = [example(reward=1.0, monte_carlo=(0.25, None, 0.75)), example(reward=0.0)]
-    returns = returns_of(examples, rollouts_of(examples), gamma=1.0)
+    returns = returns_of(examples, rollouts_of(examples, length_limit=8), gamma=1.0)
     assert returns.tolist() == [[0.25, 1.0, 0.75], [0.0, 0.0, 0.0]]
 
 
 def test_nothing_is_learned_at_injected_tokens_or_from_rows_that_stand_in():
     examples = [example(mask=(True, False, True)), example(response=(3, 4))]
-    rollouts = rollouts_of(examples)
+    rollouts = rollouts_of(examples, length_limit=8)
     values = values_of(rollouts, [[0.5, 0.1, 0.9], [0.4, 0.2, 0.0]])
     targets = targets_of(returns_of(examples, rollouts, gamma=1.0), values, counts=(True, False))
     assert targets.value_mask.tolist() == [[True, False, True], [False, False, False]]
