@@ -26,6 +26,8 @@ SHARDED = (
     "value_head running",
 )
 
+MIXED = ("hl_gauss", "value_head twins", "value_head layers", "value_head running")
+
 
 def taught(output, names, configuration=None):
     """What the worker wrote; `configuration` is an accelerate one for two processes."""
@@ -54,9 +56,9 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("configuration", "names"),
     [
-        pytest.param("ddp", SHARDED + WHOLE_ONLY, marks=pytest.mark.slow),
         pytest.param("zero3", SHARDED, marks=pytest.mark.deepspeed),
-        pytest.param("fsdp2", SHARDED, marks=pytest.mark.slow),
+        pytest.param("ddp", ("c51", "hl_gauss twins", *WHOLE_ONLY), marks=pytest.mark.slow),
+        pytest.param("fsdp2", MIXED, marks=pytest.mark.slow),
     ],
 )
 def test_every_head_learns_the_same_from_shards(configuration, names, whole, tmp_path):
