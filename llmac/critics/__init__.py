@@ -1,7 +1,7 @@
 """Critics room: who says V(s). Each file holds one critic behind `core.protocols.Critic`.
 
 Heads on a language model: `value_head.py` (scalar) and `distribution_heads.py` are settings, `head_config.py` what they
-share, `head_critic.py` the live critic behind all of them. Of prompts only: `baselines.py` (nothing is learned) and
+share, `head_critic.py` the live critic behind all of them. Of log-probs only: `surprise.py`. Of prompts only: `baselines.py` (nothing is learned) and
 `prompt_value.py` (`in_context.py` learns), on what `outcomes.py` finds. Values are in the unit of the rewards, at the
 positions asked for, and never look at the action that follows. To add one: a frozen dataclass with its settings and a
 method `build(...)`, and one line below; a new head also needs its place in `models/value_heads.py`.
@@ -19,5 +19,6 @@ CRITICS: dict[str, str] = {
     "group_mean": "llmac.critics.baselines:GroupMeanConfig",
     "leave_one_out": "llmac.critics.baselines:LeaveOneOutConfig",
     "prompt_value": "llmac.critics.prompt_value:PromptValueConfig",
+    "surprise": "llmac.critics.surprise:SurpriseConfig",
     "running_mean": "llmac.critics.baselines:RunningMeanConfig",
 }

@@ -106,12 +106,15 @@ def rollouts_of(trajectories):
 
 
 def with_tokens(trajectory, ids):
+    """Tokens keep their log-probs as long as all before them are the same."""
     size = len(ids)
+    pairs = zip(ids, trajectory.response_ids, strict=False)
+    same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
     return dataclasses.replace(
         trajectory,
         response_ids=tuple(ids),
         action_mask=(True,) * size,
-        sampler_logprobs=(-2.0,) * size,
+        sampler_logprobs=(*trajectory.sampler_logprobs[:same], *[-2.0] * (size - same)),
     )
 
 
