@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from llmac.core.measures import Last, Measure
+from llmac.core.measures import Last, Mean, Measure
 from llmac.core.protocols import PromptSource, RolloutEngine, Scorer
 from llmac.core.types import AllSum, Trajectory, identity
 
@@ -104,7 +104,7 @@ class Stored:
         Returns:
             trajectories: siblings adjacent, groups numbered anew from 0.
             metrics: `rollout/stored_passes`, how often the stored responses were seen, on this
-                rank.
+                rank; and `reward/mean`, which nobody else can report where nothing is scored.
 
         Raises:
             ValueError: no responses were handed over.
@@ -120,7 +120,11 @@ class Stored:
             for number, group in enumerate(drawn)
             for trajectory in group
         ]
-        return trajectories, {"rollout/stored_passes": Last(self._seen / len(self._groups))}
+        rewards = [trajectory.reward or 0.0 for trajectory in trajectories]
+        return trajectories, {
+            "rollout/stored_passes": Last(self._seen / len(self._groups)),
+            "reward/mean": Mean(sum(rewards), float(len(rewards))),
+        }
 
     def state(self) -> dict[str, Any]:
         """How many groups were replayed, and of how many there are."""

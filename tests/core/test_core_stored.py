@@ -103,6 +103,22 @@ def test_another_file_is_no_continuation():
         other.restore(plan(pairs(6)).state())
 
 
+def test_groups_of_one_number_and_of_one_prompt_are_told_apart():
+    rows = [trajectory(1, 0), trajectory(2, 0), trajectory(2, 1), trajectory(2, 1)]
+    [replayed] = replay(plan(rows, groups=3), steps=1)
+    assert sorted(t.prompt.id for t in replayed) == ["p1", "p2", "p2", "p2"]
+    assert sorted(t.group for t in replayed) in ([0, 0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2])
+
+
+def test_the_mean_reward_is_that_of_what_is_replayed():
+    rows = [trajectory(p, p, reward=float(p)) for p in range(4)]
+    made = plan(rows, groups=2)
+    for _ in range(2):
+        replayed, metrics = made.rollout(NOBODY, NOBODY, NOBODY, seed=0)
+        assert metrics["reward/mean"].value == sum(t.reward for t in replayed) / 2
+        assert metrics["reward/mean"].weight == 2
+
+
 def test_how_often_the_responses_were_seen_is_reported():
     made = plan(pairs(4), groups=3)
     passes = [
