@@ -1,10 +1,11 @@
 """Critics room: who says V(s). Each file holds one critic behind `core.protocols.Critic`.
 
 Heads on a language model: `value_head.py` (scalar) and `distribution_heads.py` are settings, `head_config.py` what they
-share, `head_critic.py` the live critic behind all of them. Of log-probs only: `surprise.py`. Of prompts only: `baselines.py` (nothing is learned) and
-`prompt_value.py` (`in_context.py` learns), on what `outcomes.py` finds. Values are in the unit of the rewards, at the
-positions asked for, and never look at the action that follows. To add one: a frozen dataclass with its settings and a
-method `build(...)`, and one line below; a new head also needs its place in `models/value_heads.py`.
+share, `head_critic.py` the live critic behind all of them. Of log-probs only: `surprise.py`. Of prompts only:
+`baselines.py` (nothing is learned) and `prompt_value.py` (`in_context.py` learns), on what `outcomes.py` finds. Values
+are in the unit of the rewards, at the positions asked, and never look at the action that follows. To add one: a frozen
+dataclass with its settings and a method `build(...)`, and one line below; a new head also needs its place in
+`models/value_heads.py`.
 """
 
 CRITICS: dict[str, str] = {
