@@ -70,6 +70,13 @@ def test_the_responses_go_where_they_are_worth_most():
     assert metrics["rollout/budget_gain"].value == pytest.approx(12.425282 / 6.661386, abs=1e-5)
 
 
+def test_each_utility_divides_in_its_own_way():
+    trajectories, _ = plan(utility="mixed").rollout(Engine(), Prompts(), score, seed=0)
+    sizes = torch.tensor([t.group for t in trajectories]).bincount()
+    # Card T3.5: 5 to the middle one, 9 and 10 to the others
+    assert sorted(sizes.tolist()) == [5, 9, 10]
+
+
 def test_equal_prompts_are_sampled_as_without_a_budget():
     budgeted, engine = plan(values=(0.5, 0.5), utility="mixed"), Engine()
     trajectories, metrics = budgeted.rollout(engine, Prompts(), score, seed=3)
