@@ -144,6 +144,23 @@ def test_bernoulli_and_bins_work_on_any_range():
     assert float(gauss.decode(gauss.start(-7.0))) == pytest.approx(-7.0, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("head", "old", "new", "target", "expected", "moved"),
+    [
+        (Scalar(clip=0.2), 0.5, 1.2, 1.0, 0.045, True),
+        (Scalar(clip=0.2), 0.5, 0.9, 0.0, 0.405, True),
+        (Scalar(clip=0.2), 0.5, 0.65, 1.0, 0.06125, False),
+        (Scalar(clip=0.5), 0.5, 1.2, 1.0, 0.02, True),
+        (Scalar(clip=0.2, clip_combine="mean", loss="huber"), 0.5, 0.9, 0.0, 0.275, True),
+    ],
+)
+def test_a_scalar_head_has_the_clipped_loss_of_the_cards(head, old, new, target, expected, moved):
+    # Cards T9.6 and T6.5
+    found = head.learn(torch.full((1, 2, 1), new), lesson([target], old=[old]))
+    assert float(found.per_token) == pytest.approx(expected)
+    assert found.shares["critic/vf_clipfrac"].item() is moved
+
+
 def test_errors_are_measured_in_the_unit_of_the_lesson():
     raw = torch.full((1, 2, 1), 3.0)
     # ½ · ((3 - 1) / 4)² = .125
