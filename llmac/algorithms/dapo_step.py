@@ -217,10 +217,11 @@ class DAPOStep(Algorithm):
     ) -> Float[Tensor, "B T"]:
         """β · log of the mean of exp(A/β) over steps from the same state; 0 for a step alone."""
         siblings: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
-        for place in starts.nonzero():
+        for place in starts.nonzero().cpu():
             row, t = int(place[0]), int(place[1])
-            said = rollouts.trajectories[row].response_ids[:t]
-            siblings.setdefault((int(rollouts.group[row]), said), []).append((row, t))
+            trajectory = rollouts.trajectories[row]
+            state = trajectory.group, trajectory.response_ids[:t]
+            siblings.setdefault(state, []).append((row, t))
         excess = torch.zeros_like(advantages)
         for places in siblings.values():
             if len(places) < 2:

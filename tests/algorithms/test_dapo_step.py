@@ -207,7 +207,10 @@ def test_the_normaliser_looks_at_steps_from_the_same_state_only():
     second = math.log((math.exp(0.4) + math.exp(-0.6)) / 2)  # after 1; nobody else is after 4
     expected = [[first, second], [first, second], [first, 0.0]]
     assert torch.allclose(removed, padded(expected))
-    other = dataclasses.replace(rollouts, group=torch.tensor([0, 1, 2]))
+    apart = tuple(
+        dataclasses.replace(t, group=number) for number, t in enumerate(rollouts.trajectories)
+    )
+    other = dataclasses.replace(rollouts, group=torch.arange(3), trajectories=apart)
     alone = card("dapo_step", beta=1.0, step_tokens=1, normalize=True).credit(other, values)
     assert torch.equal(alone.advantages, plain)
 
