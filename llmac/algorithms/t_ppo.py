@@ -41,6 +41,10 @@ class TPPO(PPO):
     critic_lam: float | None = 1.0
     """GAE's λ for the critic's targets; None: the policy's. 1.0: Monte-Carlo returns, which no value
     of an unfinished response can bias."""
+    whiten_advantages: bool = False
+    """Whether advantages get mean 0 and variance 1 over the fresh tokens of the step. Off, our
+    choice: in a step in which few responses end, it makes the critic's noise as large as a reward
+    is in the others."""
     window_tokens: int | None = None
     """Most new tokens of a response in a step, up to the length limit of sampling. None: a third of
     that limit, rounded up, at least 2; our choice."""

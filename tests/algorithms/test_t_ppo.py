@@ -13,7 +13,9 @@ from llmac.core.windowed import Windowed
 from .making import card, entropy_of, known, make_values, moved, padded, ragged
 from .toy_world.world import LIMIT, Prompts, TableEngine, score, train
 
-RAW = {"lam": 0.95, "whiten_advantages": False}
+RAW = {"lam": 0.95}
+AS_PPO = {"critic_lam": 1.0, "whiten_advantages": False}
+"""What the card says otherwise than PPO's where nothing is paused."""
 
 
 def with_trajectories(rollouts: Rollouts, changes) -> Rollouts:
@@ -112,7 +114,7 @@ def test_a_response_of_two_windows_is_learned_from_in_two_steps():
     "fields",
     [
         {},
-        RAW,
+        {"lam": 0.95, "whiten_advantages": True},
         {"on_truncation": "bootstrap", "gamma": 0.9},
         {"mask_truncated": True, "kl_coef": 0.1},
         {"lam_rule": "length", "critic_lam": None, "lam_alpha": 0.5},
@@ -123,7 +125,7 @@ def test_a_response_of_two_windows_is_learned_from_in_two_steps():
 def test_where_nothing_is_paused_and_all_is_fresh_it_is_ppo(fields, paused_value, rollouts):
     values = make_values(rollouts)
     ours = card("t_ppo", **fields, paused_value=paused_value).credit(rollouts, values)
-    theirs = card("ppo", **{"critic_lam": 1.0, **fields}).credit(rollouts, values)
+    theirs = card("ppo", **{**AS_PPO, **fields}).credit(rollouts, values)
     assert torch.equal(ours.advantages, theirs.advantages)
     assert torch.equal(ours.policy_mask, theirs.policy_mask)
     for field in ("returns", "value_mask", "old_values"):
@@ -137,14 +139,14 @@ def test_where_nothing_is_paused_and_all_is_fresh_it_is_ppo(fields, paused_value
 
 def test_a_run_with_a_window_for_the_longest_response_is_a_run_of_ppo():
     ours = train(card("t_ppo", window_tokens=LIMIT), steps=3)
-    assert ours == train(card("ppo", critic_lam=1.0), steps=3)
+    assert ours == train(card("ppo", **AS_PPO), steps=3)
     assert ours != train(card("t_ppo", window_tokens=LIMIT - 1), steps=3)
 
 
 @pytest.mark.parametrize("paused_value", ["assumed", "critic"])
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_earlier_windows_do_not_touch_the_advantages_of_fresh_tokens(paused_value, gamma):
-    algorithm = card("t_ppo", lam=0.9, gamma=gamma, whiten_advantages=False, paused_value=paused_value)  # fmt: skip
+    algorithm = card("t_ppo", lam=0.9, gamma=gamma, paused_value=paused_value)  # fmt: skip
     rollouts = windows(ragged())
     values = make_values(rollouts)
     whole = algorithm.credit(rollouts, values)
@@ -187,7 +189,7 @@ def test_earlier_windows_do_not_touch_the_advantages_of_fresh_tokens(paused_valu
 
 def test_the_policy_learns_from_fresh_tokens_and_the_critic_from_what_has_ended():
     rollouts = windows(ragged())
-    algorithm = card("t_ppo")
+    algorithm = card("t_ppo", whiten_advantages=True)
     credit = algorithm.credit(rollouts, make_values(rollouts))
     for row, t in enumerate(rollouts.trajectories):
         sampled = [row_mask and i >= t.fresh_from for i, row_mask in enumerate(t.action_mask)]
@@ -293,6 +295,7 @@ def test_every_token_of_the_toy_world_is_trained_on_in_exactly_one_step(window):
         {"window_tokens": 1, "paused_value": "critic"},
         {"window_tokens": 3, "paused_value": "critic"},
         {"lam": 0.9, "group_size": 4},
+        {"whiten_advantages": True},
     ],
 )
 def test_it_learns_with_its_options_on(fields):
