@@ -170,7 +170,7 @@ def _eval_critic_arguments(examine: argparse.ArgumentParser) -> None:
         ("states", "states to judge (default 200)"),
         ("depths", "fractions of a response at which they stand (default 5)"),
         ("rollouts", "continuations of each state (default 64)"),
-        ("siblings", "responses to a prompt (default 4)"),
+        ("siblings", "responses to a prompt (default 2)"),
     ):
         examine.add_argument(f"--{name}", type=int, help=meaning)
     examine.add_argument(

@@ -49,7 +49,7 @@ class Truth:
     """Fractions 0, 1/depths, ... of each response."""
     rollouts: int = 64
     """Continuations of each state."""
-    siblings: int = 4
+    siblings: int = 2
     """Responses to a prompt."""
     success_above: float | None = None
     """Outcome above which a response counts as a success; None: midway between the worst and the best."""

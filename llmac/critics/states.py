@@ -112,7 +112,7 @@ def sample_states(
     states: int = 200,
     depths: int = 5,
     rollouts: int = 64,
-    siblings: int = 4,
+    siblings: int = 2,
     gamma: float = 1.0,
     success_above: float | None = None,
     seed: int = 0,
