@@ -13,8 +13,8 @@ from llmac.core.measures import Mean, Measure, Metrics, combine
 from llmac.core.ranking import prompt_loss
 from llmac.core.types import Loss, Prompt
 from llmac.critics.prompt_record import Asked, PromptRecord
+from llmac.critics.prompt_states import Part, Pooling, PromptStates, pooled
 from llmac.models.in_context import PromptClassifier
-from llmac.models.prompt_states import Part, Pooling, PromptStates, pooled
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner
 from llmac.runtime.saving import whole_weights

@@ -27,8 +27,8 @@ from llmac.critics.in_context import (
 )
 from llmac.critics.outcomes import foresight, prompt_outcomes, remaining
 from llmac.critics.prompt_record import PromptRecord
+from llmac.critics.prompt_states import EmbeddingStates, Pooling, PromptStates, TrunkStates
 from llmac.models.policy import causal_lm
-from llmac.models.prompt_states import EmbeddingStates, Pooling, PromptStates, TrunkStates
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
 

@@ -13,10 +13,10 @@ from llmac.core.types import Finish, Prompt, Trajectory
 from llmac.critics.bench import CriticBench, Shippable
 from llmac.critics.in_context import interleaved, labels_of
 from llmac.critics.prompt_record import PromptRecord
+from llmac.critics.prompt_states import EmbeddingStates, TrunkStates, pooled, text_of
 from llmac.critics.prompt_value import PromptValueConfig
 from llmac.errors import CheckpointError, ConfigError
 from llmac.models.policy import TokenPolicy
-from llmac.models.prompt_states import EmbeddingStates, TrunkStates, pooled, text_of
 from llmac.runtime.checkpoint import Saveable
 from llmac.runtime.context import Runtime
 from tests.algorithms.making import card
