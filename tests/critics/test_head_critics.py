@@ -7,6 +7,7 @@ import torch
 
 from llmac.core.diagnostics import explained_variance
 from llmac.core.ensembles import Combination
+from llmac.core.types import CriticTargets
 from llmac.critics import CRITICS
 from llmac.critics.distribution_heads import HLGaussConfig, TwoHotConfig
 from llmac.critics.head_config import HeadConfig
@@ -175,6 +176,28 @@ def test_twins_that_learn_by_their_one_value_have_its_loss(runtime):
     # is linear beyond .5: .5 · (.6 - .25) = .175 and .08.
     assert metrics["critic/vf_loss"].value == pytest.approx((7 * 0.175 + 6 * 0.08) / 13, abs=1e-5)
     assert metrics["critic/vf_clipfrac"].value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("together", "expected", "weights"),
+    [
+        # V = .197428 (card T6.1): ½ · V² = .019489, pulled at by the soft minimum's weights
+        ("combined", 0.019489, [0.034445 * 0.197428, 0.965555 * 0.197428]),
+        # (½ · 1 + 0) / 2, each pulled to the return by itself
+        ("each", 0.25, [0.5, 0.0]),
+    ],
+)
+def test_twins_learn_by_their_one_value_or_each_by_its_own(together, expected, weights, runtime):
+    settings = {"heads": 2, "combine": "soft_min", "ensemble_loss": together, "value_clip": None}
+    critic = live(ValueHeadConfig(**settings), runtime)
+    raw = torch.tensor([1.0, 0.0]).expand(1, 2, 2)[..., None].clone().requires_grad_()
+    mask, nothing = torch.tensor([[True]]), torch.zeros(1, 1)
+    targets = CriticTargets(returns=nothing, value_mask=mask, old_values=nothing)
+    loss = critic._loss(raw, rollouts_of([trajectory([3], 0.0)]), targets)
+    loss.total.backward()
+    assert float(loss.total.detach()) == pytest.approx(expected, abs=1e-5)
+    assert raw.grad[0, 0, :, 0].tolist() == pytest.approx(weights, abs=1e-5)
+    assert loss.metrics["critic/values/spread"].value == 1.0
 
 
 def test_returns_outside_of_the_support_are_counted(runtime):
