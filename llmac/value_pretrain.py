@@ -23,10 +23,10 @@ from llmac.errors import ConfigError
 from llmac.export import check_not_empty
 from llmac.metrics import MetricLog
 from llmac.models.loading import load_tokenizer, pad_token_id
-from llmac.pretrain_bench import LearnedCritic, check_critic, critic_of
-from llmac.pretrain_file import examples_in, say_what_there_is
-from llmac.pretrain_report import Judged, report
-from llmac.pretrain_rows import (
+from llmac.pretraining.bench import LearnedCritic, check_critic, critic_of
+from llmac.pretraining.file import examples_in, say_what_there_is
+from llmac.pretraining.report import Judged, report
+from llmac.pretraining.rows import (
     Example,
     chunks,
     returns_of,

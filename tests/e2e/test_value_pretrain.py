@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from llmac.critics import CRITICS
 from llmac.critics.head_config import HeadConfig
 from llmac.errors import ConfigError, DataError
 from llmac.models.value_model import ValueModel
-from llmac.pretrain_file import examples_in
+from llmac.pretraining.file import examples_in
 from llmac.rollout_store import read_rollouts, read_store, vocabulary_mark, write_rollouts
 from llmac.sample_rollouts import sample_rollouts
 from llmac.value_pretrain import Pretraining, value_pretrain
@@ -212,32 +213,53 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(ppo, stored
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def launched(configuration):
+    """The start of a command on two processes."""
+    return [
+        *[sys.executable, "-m", "accelerate.commands.launch"],
+        *["--config_file", str(ROOT / f"recipes/accelerate/{configuration}.yaml")],
+        *["--num_processes", "2", "--main_process_port", "0"],
+    ]
+
+
+def started(*command):
+    """Run a command to its end in a process of its own; returns what it printed."""
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pretrain(launcher, recipe, rollouts, output):
+    """Two epochs of `recipes/value_pretrain.py`, launched; returns what it printed."""
+    command = ["recipes/value_pretrain.py", recipe, rollouts, "--epochs", 2, "--output", output]
+    return started(*launcher, *command)
+
+
 def test_two_processes_learn_what_one_does(ppo, write_recipe, tmp_path):
     """The sharding law: rows that do not divide, minibatches that do not divide."""
     write_rollouts(tmp_path / "odd.parquet", list(told(101, prompts=11)))
     ppo["actor"] |= {"minibatches": 3, "prompts_per_step": 6}
     ppo["critic"]["lr"] = 1e-3
     recipe = write_recipe(ppo)
-    command = ["value_pretrain.py", str(recipe), str(tmp_path / "odd.parquet"), "--epochs", "2"]
-    launched = [
-        *[sys.executable, "-m", "accelerate.commands.launch"],
-        *["--config_file", str(ROOT / "recipes/accelerate/ddp.yaml")],
-        *["--num_processes", "2", "--main_process_port", "0"],
-    ]
-    printed = {}
-    for name, launcher in (("one", [sys.executable]), ("two", launched)):
-        done = subprocess.run(
-            [*launcher, f"recipes/{command[0]}", *command[1:], "--output", str(tmp_path / name)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        printed[name] = done.stdout
-    assert printed["two"].count("Train with critic.init") == 1, "both ranks talk"
+    pretrain([sys.executable], recipe, tmp_path / "odd.parquet", tmp_path / "one")
+    printed = pretrain(launched("ddp"), recipe, tmp_path / "odd.parquet", tmp_path / "two")
+    assert printed.count("Train with critic.init") == 1, "both ranks talk"
     one, two = (load_file(tmp_path / n / "critic/model.safetensors") for n in ("one", "two"))
+    start = load_file(f"{ppo['model']['name']}/model.safetensors")
+    assert all((one[n] - start[f"model.{n}"]).abs().max() > 1e-3 for n in one), "nothing moved"
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     lines = [
@@ -345,3 +367,31 @@ def test_an_older_critic_is_not_overwritten(ppo, stored, tmp_path):
     (tmp_path / "vp/critic").mkdir(parents=True)
     with pytest.raises(ConfigError, match="vp/critic exists; name another folder with --output"):
         value_pretrain(load_recipe(ppo), stored, tmp_path / "vp")
+
+
+@pytest.mark.deepspeed
+def test_a_critic_in_shards_is_saved_whole_and_equal(ppo, write_recipe, tmp_path):
+    """ZeRO-3 on two processes: the weights of one process without it, to rounding."""
+    pytest.importorskip("deepspeed")
+    write_rollouts(tmp_path / "odd.parquet", list(told(45, prompts=11)))
+    ppo["critic"] |= {"lr": 1e-3, "trunk": "own"}
+    recipe = write_recipe(ppo)
+    for name, launcher in (("one", [sys.executable]), ("shards", launched("zero3"))):
+        pretrain(launcher, recipe, tmp_path / "odd.parquet", tmp_path / name)
+    one, shards = (ValueModel.from_pretrained(tmp_path / n / "critic") for n in ("one", "shards"))
+    for (name, ours), theirs in zip(one.named_parameters(), shards.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.vllm
+def test_another_engine_samples_the_same_kind_of_file(ppo, write_recipe, vllm_home, tmp_path):
+    pytest.importorskip("vllm")
+    ppo["model"] = {"name": str(vllm_home)}
+    ppo["rollout"] |= {"engine": "vllm"}
+    command = ["rollouts", write_recipe(ppo), "--responses", 8, "--output", tmp_path / "r.parquet"]
+    printed = started(sys.executable, "-m", "llmac.cli", *command)
+    assert "8 responses to 2 prompts" in printed
+    rollouts = read_rollouts(tmp_path / "r.parquet")
+    assert len(rollouts) == 8
+    assert all(max(t.sampler_logprobs) < 0 for t in rollouts)
+    assert {t.reward for t in rollouts} <= {0.0, 1.0}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmac.pretrain_report import Judged, report
+from llmac.pretraining.report import Judged, report
 
 
 def judged(values, outcome, prompt):

@@ -8,7 +8,7 @@ import torch
 from llmac.core.segments import every_token
 from llmac.core.types import Finish, Prompt, Trajectory, Values
 from llmac.errors import DataError
-from llmac.pretrain_rows import (
+from llmac.pretraining.rows import (
     Example,
     chunks,
     examples_of,

@@ -8,7 +8,7 @@ from llmac.config import Recipe
 from llmac.core.value_heads import Head
 from llmac.errors import ConfigError, DataError
 from llmac.models.loading import check_vocabulary, load_tokenizer
-from llmac.pretrain_rows import Example, examples_of
+from llmac.pretraining.rows import Example, examples_of
 from llmac.rollout_store import StoredRollouts, read_store, vocabulary_mark
 
 logger = logging.getLogger(__name__)
