@@ -44,6 +44,7 @@ class LeaveOneOutConfig:
     """The mean outcome of the other responses to the prompt."""
 
     least_group_size: ClassVar[int] = 2
+    """Responses to a prompt that it needs."""
 
     def build(self, bench: CriticBench) -> "LeaveOneOut":
         """The live critic."""
@@ -53,6 +54,9 @@ class LeaveOneOutConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunningMeanConfig:
     """An exponential average of what the prompt earned in earlier steps."""
+
+    says_prompt_values: ClassVar[bool] = True
+    """A plan may ask it what prompts are worth."""
 
     rate: float = 0.5
     """Weight of the newest step in a prompt's average: 1 keeps nothing older. Our choice."""

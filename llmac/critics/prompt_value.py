@@ -9,7 +9,7 @@ in its place.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,10 +52,13 @@ _TRAINED_ONLY = (
 class PromptValueConfig(Optimization):
     """Values of prompts from a context of prompts whose outcomes are known; nothing is said about single tokens."""
 
+    says_prompt_values: ClassVar[bool] = True
+    """A plan may ask it what prompts are worth."""
+
     embedding: str = "policy"
     """Who reads the prompts: `policy` (its trunk as it is now) or a Hub id or folder of a frozen model."""
     learner: Literal["kernel", "transformer"] = "kernel"
-    """kernel: regression in closed form, works from the first step; transformer: query adapter and in-context
+    """kernel: regression in closed form, works from the second step on; transformer: query adapter and in-context
     classifier (arXiv:2602.03584), trained on the run's own steps."""
     context: int = 256
     """Prompts with known outcomes that a value is made from, the latest. 256 in the released code."""

@@ -100,6 +100,15 @@ def test_many_responses_are_believed_more_than_one():
     assert float(first) < float(even) < float(second)
 
 
+def test_of_contradicting_outcomes_the_better_known_wins(monkeypatch):
+    monkeypatch.setattr(kernel, "NOISE_LEVELS", (1.0,))
+    # The mean is a half either way; at 0 fifty responses say yes, at 1 fifty say no.
+    known, outcomes = [[0.0], [0.0], [1.0], [1.0]], [1.0, 0.0, 0.0, 1.0]
+    first, second = ask(known, outcomes, [[0.0], [1.0]], responses=[50.0, 1.0, 50.0, 1.0]).tolist()
+    assert first > 0.6
+    assert second == pytest.approx(1 - first)
+
+
 def test_old_outcomes_fade():
     # Long ago the first kind of prompt was solved, lately the second is; five of each.
     known = [[0.0], [1.0]] * 10
