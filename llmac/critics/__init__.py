@@ -5,7 +5,7 @@ share, `head_critic.py` the live critic behind all of them. Of log-probs only: `
 `baselines.py` (nothing is learned) and `prompt_value.py` (`in_context.py` learns), on what `outcomes.py` finds. Values
 are in the unit of the rewards, at the positions asked, and never look at the action that follows. To add one: a frozen
 dataclass with its settings and a method `build(...)`, and one line below; a new head also needs its place in
-`models/value_heads.py`.
+`models/value_heads.py`. How good one is: `examine.py`, on `states.py` whose true values are known.
 """
 
 CRITICS: dict[str, str] = {
