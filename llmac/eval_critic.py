@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,7 @@ def eval_critic(
     chosen = _critic(critic, run)
     verify(run.recipe)
     stored = None if states_from is None else read_states(states_from)
+    _check_group_size(chosen, wanted, None if stored is None else stored[0])
     folder = output or run.folder / "critic_eval" / _folder_name(run, critic)
     _make_writable(folder)
     about: dict[str, Any] = {
@@ -176,6 +178,22 @@ def _critic(asked: str | None, run: SavedRun) -> Path | Choice:
     choice = choose_critic(card, choose_algorithm("ppo"))
     assert choice is not None, "ppo takes critics"
     return choice
+
+
+def _check_group_size(chosen: Path | Choice, truth: Truth, stored: States | None) -> None:
+    """Critics that compare siblings need some."""
+    if isinstance(chosen, Path):
+        return
+    least = getattr(chosen.settings, "least_group_size", 1)  # optional part of what a card says
+    if stored is None:
+        smallest = min(truth.siblings, truth.states // truth.depths)
+    else:
+        smallest = min(Counter(t.group for t in stored.trajectories).values())
+    if smallest < least:
+        raise ConfigError(
+            f"critic {chosen.name} needs {least} responses to a prompt, and the states are of {smallest}; raise "
+            "siblings, and states if need be"
+        )
 
 
 def _folder_name(run: SavedRun, asked: str | None) -> str:

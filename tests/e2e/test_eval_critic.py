@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llmac.api import run as train
 from llmac.config import dump, load_recipe
+from llmac.core.types import Finish, Prompt, Trajectory
 from llmac.errors import CheckpointError, ConfigError, DataError
 from llmac.eval_critic import Truth, eval_critic
 from llmac.models.packing import pack
@@ -163,7 +164,7 @@ def test_a_critic_of_ones_own_that_knows_the_truth_is_found_exact(untrained, tmp
         "def reward(prompt, response, wanted):\n    return float(wanted in 'abc')\n"
     )
     (tmp_path / "knows.py").write_text(
-        "import torch\nfrom dataclasses import dataclass\nfrom llmac.core.types import Values\n\n"
+        "import torch\nfrom dataclasses import dataclass\nfrom llmac.core.types import Finish, Prompt, Trajectory\n\n"
         "class Knowing:\n"
         "    def values(self, rollouts, starts):\n"
         "        known = [float(t.prompt.columns['wanted'] in 'abc') for t in rollouts.trajectories]\n"
@@ -269,12 +270,16 @@ def test_what_is_no_critic_is_refused_before_anything_is_loaded(untrained, criti
         )
 
 
-def test_states_must_be_states(untrained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("truth", [Truth(siblings=1), Truth(states=5)])
+def test_a_critic_that_compares_siblings_needs_some(untrained, truth):
+    with pytest.raises(ConfigError, match="leave_one_out needs 2 responses to a prompt"):
+        eval_critic(untrained / "recipe.yaml", critic="leave_one_out", truth=truth)
+
+
+def test_states_must_be_states(untrained, tmp_path):
     stored = tmp_path / "some.parquet"
     with pytest.raises(DataError, match="no rollout file"):
         eval_critic(untrained / "recipe.yaml", states_from=stored)
-    from llmac.core.types import Finish, Prompt, Trajectory
-
     plain = Trajectory(
         prompt=Prompt(id="p", token_ids=(2,), source="?"),
         response_ids=(3,),
