@@ -19,6 +19,7 @@ from pathlib import Path
 from llmac.config import Recipe, dump, plain, verify
 from llmac.core.measures import Metrics
 from llmac.core.segments import every_token
+from llmac.core.types import Rollouts, Values
 from llmac.errors import ConfigError
 from llmac.export import check_not_empty
 from llmac.metrics import MetricLog
@@ -171,10 +172,12 @@ class _Fit:
         """All epochs, a line of metrics each."""
         log = MetricLog(output, self._runtime)
         log.rewind(0)
+        self._show_the_scale()
         best, best_epoch, best_report = math.inf, 0, dict[str, float]()
         epoch = 0
         for epoch in range(self._how.epochs + 1):
-            self._epoch(epoch, log)
+            if epoch:
+                self._learn_once(epoch, log)
             log.add(self._instruments())
             found = log.flush(epoch)
             better = found["held_out/all/squared_error"] < best
@@ -193,18 +196,26 @@ class _Fit:
             is_main=self._runtime.is_main,
         )
 
-    def _epoch(self, epoch: int, log: MetricLog) -> None:
-        """One pass over what is to be learned; in epoch 0 the critic only sees the scale of the rewards."""
+    def _show_the_scale(self) -> None:
+        """A critic that knows nothing starts at the mean reward of the rollouts it is asked about first."""
+        first, *_ = chunks(len(self._learn), self._rows, seed=self._recipe.run.seed, epoch=0)
+        # Without rows that stand in: they would count in that mean.
+        mine = first[self._runtime.rank :: self._runtime.world_size] or first[:1]
+        self._values([self._learn[row] for row in mine])
+
+    def _learn_once(self, epoch: int, log: MetricLog) -> None:
+        """One pass over what is to be learned."""
         for rows in chunks(len(self._learn), self._rows, seed=self._recipe.run.seed, epoch=epoch):
             examples, counts = self._share(self._learn, rows, minibatches=self._minibatches)
-            rollouts = rollouts_of(examples, length_limit=self._length_limit)
-            values = self._critic.values(rollouts, every_token(rollouts.action_mask))
-            if epoch == 0:
-                return
+            rollouts, values = self._values(examples)
             returns = returns_of(
                 examples, rollouts, gamma=self._gamma, lam=self._how.lam, values=values
             )
             log.add(self._critic.update(rollouts, targets_of(returns, values, counts)))
+
+    def _values(self, examples: Sequence[Example]) -> tuple[Rollouts, Values]:
+        rollouts = rollouts_of(examples, length_limit=self._length_limit)
+        return rollouts, self._critic.values(rollouts, every_token(rollouts.action_mask))
 
     def _instruments(self) -> Metrics:
         """What is known of the critic by the responses held out; the same on every rank."""
@@ -215,8 +226,7 @@ class _Fit:
         for start in range(0, len(self._held_out), self._rows):
             rows = everything[start : start + self._rows]
             examples, counts = self._share(self._held_out, rows, minibatches=1)
-            rollouts = rollouts_of(examples, length_limit=self._length_limit)
-            values = self._critic.values(rollouts, every_token(rollouts.action_mask))
+            rollouts, values = self._values(examples)
             returns = returns_of(examples, rollouts, gamma=self._gamma)
             mine += [
                 Judged(
