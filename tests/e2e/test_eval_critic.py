@@ -159,12 +159,12 @@ def test_a_run_without_a_critic_takes_one_by_name(grpo_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_critic_of_ones_own_that_knows_the_truth_is_found_exact(untrained, tmp_path):
-    # Outcomes that do not depend on the policy: how often the prompt's two letters are the same, by its id.
+    # Outcomes that the prompt alone decides.
     (tmp_path / "sure.py").write_text(
         "def reward(prompt, response, wanted):\n    return float(wanted in 'abc')\n"
     )
     (tmp_path / "knows.py").write_text(
-        "import torch\nfrom dataclasses import dataclass\nfrom llmac.core.types import Finish, Prompt, Trajectory\n\n"
+        "import torch\nfrom dataclasses import dataclass\nfrom llmac.core.types import Values\n\n"
         "class Knowing:\n"
         "    def values(self, rollouts, starts):\n"
         "        known = [float(t.prompt.columns['wanted'] in 'abc') for t in rollouts.trajectories]\n"
