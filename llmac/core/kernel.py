@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 NOISE_LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
-"""Candidates for the noise of an outcome, in units of the kernel; the last leaves the mean alone."""
+"""Candidates for the noise of an outcome, in units of the kernel, rising; the last leaves the mean alone."""
 
 
 def kernel_regression(
@@ -24,8 +24,9 @@ def kernel_regression(
 
     The 1 stands for how good the policy is on the whole, the other term for which prompts it is
     good at; both fade as the policy moves on. Every feature has mean 0 and variance 1 over the
-    known prompts, m is the median of their squared distances, and λ is the one of `NOISE_LEVELS`
-    with the smallest leave-one-out error
+    known prompts, m is the median of their squared distances, and λ is the largest of
+    `NOISE_LEVELS` whose leave-one-out error is the smallest, up to one standard error of the
+    difference (few prompts seem to say more than they do)
 
         e_i = [(K + λ D)⁻¹ (y - ȳ)]_i / [(K + λ D)⁻¹]_ii
 
@@ -45,10 +46,10 @@ def kernel_regression(
 
     >>> x = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     >>> y = kernel_regression(
-    ...     x, torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([[0.5], [2.5]]),
+    ...     x, torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([[1.0], [2.0]]),
     ...     age=torch.ones(4), responses=torch.ones(4), memory_steps=8.0)
     >>> y.round(decimals=1)
-    tensor([-0.1000,  1.1000])
+    tensor([0.1000, 0.9000])
     """
     mean, std = known.mean(0), known.std(0, correction=0).clamp(min=1e-6)
     known, asked = ((x - mean) / std for x in (known.double(), asked.double()))
@@ -67,12 +68,20 @@ def kernel_regression(
     level = (weight * outcomes.double()).sum()
     wanted = outcomes.double() - level
     noise = torch.diag(responses.double().mean() / responses.double())
-    best: tuple[Tensor, Tensor] | None = None
+    solutions: list[Tensor] = []
+    errors: list[Tensor] = []
     for noise_level in NOISE_LEVELS:
         inverse = torch.inverse(inner + noise_level * noise)
-        solution = inverse @ wanted
-        error = (weight * (solution / inverse.diagonal()).square()).sum()
-        if best is None or error < best[0]:
-            best = error, solution
-    assert best is not None
-    return (level + outer @ best[1]).to(outcomes.dtype)
+        solutions.append(inverse @ wanted)
+        errors.append((solutions[-1] / inverse.diagonal()).square())
+    chosen = _largest_as_good(torch.stack(errors), weight)
+    return (level + outer @ solutions[chosen]).to(outcomes.dtype)
+
+
+def _largest_as_good(errors: Float[Tensor, "L N"], weight: Float[Tensor, "N"]) -> int:
+    """The last row whose mean exceeds the smallest by no more than the standard error of the difference."""
+    means = errors @ weight
+    excess = errors - errors[means.argmin()]
+    doubt = ((excess - (excess @ weight)[:, None]).square() @ weight.square()).sqrt()
+    as_good = excess @ weight <= doubt
+    return int(as_good.nonzero().max())

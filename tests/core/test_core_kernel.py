@@ -33,10 +33,10 @@ def test_two_prompts_by_hand(monkeypatch):
 
 
 def test_leave_one_out_is_what_refitting_without_each_prompt_gives():
-    """The noise level it chooses is the one with the smallest error of honest predictions."""
-    random = torch.Generator().manual_seed(3)
+    """It takes the largest noise level whose honest predictions are not clearly worse than the best."""
+    random = torch.Generator().manual_seed(1)
     known = torch.randn(12, 2, generator=random, dtype=torch.float64)
-    outcomes = (known[:, 0] > 0).double() + 0.3 * torch.randn(
+    outcomes = (known[:, 0] > 0).double() + 0.1 * torch.randn(
         12, generator=random, dtype=torch.float64
     )
     # As the function does it, but leaving out for real; features, width and level stay those of all.
@@ -46,7 +46,7 @@ def test_leave_one_out_is_what_refitting_without_each_prompt_gives():
     inner = 1 + torch.exp(-apart / (2 * width))
     wanted = outcomes - outcomes.mean()
 
-    def honest_error(level):
+    def honest_errors(level):
         errors = []
         for left_out in range(12):
             rest = [i for i in range(12) if i != left_out]
@@ -54,13 +54,20 @@ def test_leave_one_out_is_what_refitting_without_each_prompt_gives():
                 inner[rest][:, rest] + level * torch.eye(11, dtype=torch.float64), wanted[rest]
             )
             errors.append(wanted[left_out] - inner[left_out, rest] @ solution)
-        return float(torch.stack(errors).square().mean())
+        return torch.stack(errors).square()
 
-    best = min(kernel.NOISE_LEVELS, key=honest_error)
-    solution = torch.linalg.solve(inner + best * torch.eye(12, dtype=torch.float64), wanted)
+    errors = {level: honest_errors(level) for level in kernel.NOISE_LEVELS}
+    best = min(errors, key=lambda level: float(errors[level].mean()))
+    worse = {level: errors[level] - errors[best] for level in errors}
+    as_good = [
+        level
+        for level, more in worse.items()
+        if float(more.mean()) <= float(more.std(correction=0)) / 12**0.5
+    ]
+    assert best < max(as_good) < max(kernel.NOISE_LEVELS)
+    solution = torch.linalg.solve(inner + max(as_good) * torch.eye(12, dtype=torch.float64), wanted)
     expected = outcomes.mean() + math.exp(-1 / 8.0) * inner @ solution
     torch.testing.assert_close(ask(known, outcomes, known), expected)
-    assert min(kernel.NOISE_LEVELS) < best < max(kernel.NOISE_LEVELS)
 
 
 def test_order_scale_and_place_of_features_do_not_matter():

@@ -153,7 +153,7 @@ def test_unseen_prompts_are_ranked_and_foreseen_better_than_by_the_mean(runtime)
 
 def test_a_policy_whose_rates_change_is_followed(runtime):
     toy = Toy()
-    critic = critic_of(toy, runtime, memory_steps=2.0)
+    critic = critic_of(toy, runtime, memory_steps=2.0, context=1024)
     aucs = []
     for step in range(16):
         policy = {"sign": 1.0} if step < 6 else {"sign": -1.0, "shift": 1.0}
@@ -164,7 +164,7 @@ def test_a_policy_whose_rates_change_is_followed(runtime):
     assert min(aucs[10:]) > 0.8
     unseen = toy.prompts(300, "unseen")
     chances = toy.chances(unseen, sign=-1.0, shift=1.0)
-    assert abs(float(critic.prompt_values(unseen).mean() - chances.mean())) < 0.05
+    assert abs(float(critic.prompt_values(unseen).mean() - chances.mean())) < 0.1
 
 
 def test_before_any_outcome_the_middle_is_said_and_nothing_is_certain_later(runtime):
