@@ -109,6 +109,17 @@ def test_the_gradient_is_zero_at_the_target_and_the_target_says_the_return(head,
     assert raw.grad.abs().max() < 1e-5
 
 
+def test_c51_learns_half_from_what_it_says_next_and_half_from_what_came():
+    raw = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = C51(bins=5, lam=0.5).learn(raw, lesson([1.0, 1.0])).per_token
+    next_says = raw[0, 1].detach().softmax(-1)
+    came = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    expected = -((0.5 * next_says + 0.5 * came) * raw[0, 0].log_softmax(-1)).sum()
+    torch.testing.assert_close(loss[0, 0], expected)
+    loss[0, 0].backward()
+    assert raw.grad[0, 1].abs().sum() == 0  # a target is constant
+
+
 def test_returns_a_head_cannot_say_are_counted_and_taken_as_the_nearest():
     bounded = [
         Scalar(bounds=(0.0, 1.0)),
