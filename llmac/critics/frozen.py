@@ -1,6 +1,5 @@
 """A saved value model that only looks: a critic that never learns."""
 
-
 import torch
 from jaxtyping import Bool
 from torch import Tensor
