@@ -22,11 +22,11 @@ def test_partial_results_stay_between_zero_and_the_cap(quickstart):
         problem = quickstart.random_sum(rng)
         value = problem.start
         assert 0 <= value <= 9
-        assert len(problem.operations) == quickstart.STEPS
+        assert len(problem.operations) == quickstart.SIX_STEPS.steps
         for sign, digit in problem.operations:
             value += digit if sign == "+" else -digit
             assert 1 <= digit <= 9
-            assert 0 <= value <= quickstart.CAP
+            assert 0 <= value <= quickstart.SIX_STEPS.cap
         assert value == problem.answer
 
 
@@ -60,7 +60,7 @@ def test_the_student_drops_carries_and_does_not_borrow(
 def test_the_student_is_right_a_quarter_of_the_time(quickstart):
     rng = random.Random(0)
     sums = [quickstart.random_sum(rng) for _ in range(4000)]
-    rewards = [reward_of(s, s.worked(rng, bug_rate=quickstart.BUG_RATE)) for s in sums]
+    rewards = [reward_of(s, s.worked(rng, bug_rate=quickstart.SIX_STEPS.bug_rate)) for s in sums]
     assert 0.22 < sum(rewards) / len(rewards) < 0.29
 
 

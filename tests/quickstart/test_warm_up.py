@@ -29,9 +29,9 @@ def test_no_solution_is_longer_than_the_context(quickstart):
     longest = 0
     for _ in range(3000):
         problem = quickstart.random_sum(rng)
-        solution = problem.worked(rng, bug_rate=quickstart.BUG_RATE)
+        solution = problem.worked(rng, bug_rate=quickstart.SIX_STEPS.bug_rate)
         longest = max(longest, len(problem.prompt + solution) + 1)
-    assert 56 <= longest <= quickstart.CONTEXT_TOKENS
+    assert 56 <= longest <= quickstart.SIX_STEPS.context_tokens
 
 
 def test_only_the_solution_and_its_end_are_learnt(quickstart):
