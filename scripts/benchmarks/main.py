@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import against_trl
+import critics
 import memory
 import rollout
 import sync
@@ -22,7 +23,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark", description="Measure llmac on this machine."
     )
-    parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "sync", "all"])
+    parser.add_argument(
+        "part", nargs="?", default="all", choices=[*PARTS, "sync", "critics", "all"]
+    )
     parser.add_argument("--json", type=Path, help="also write every number there")
     parser.add_argument("--threads", type=int, default=1, help="of every process (default 1)")
     parser.add_argument(
@@ -30,6 +33,7 @@ def main() -> int:
     )
     parser.add_argument("--relative-to", type=Path, default=Path.cwd(), help=argparse.SUPPRESS)
     sync.add_options(parser)
+    critics.add_options(parser)
     arguments = parser.parse_args()
     chosen = [*PARTS, "sync"] if arguments.part == "all" else [arguments.part]
 
@@ -41,6 +45,8 @@ def main() -> int:
         try:
             if name == "sync":
                 found = sync.measure(sync.choice(arguments), arguments.threads)
+            elif name == "critics":  # not among all: an hour or two
+                found = critics.measure(arguments, arguments.threads)
             else:
                 start = arguments.relative_to / arguments.start if arguments.start else None
                 found = PARTS[name].measure(start or quickstart_start(), arguments.threads)
