@@ -175,7 +175,14 @@ def test_a_step_ends_after_one_of_its_tokens():
     assert starts.int().tolist() == [[1, 1, 0, 1, 1, 0, 1], [1, 0, 0, 1, 0, 0, 0]]
 
 
-def test_a_step_does_not_end_at_a_tokens_of_a_tool():
+def test_steps_are_cut_after_their_tokens_or_else_by_number():
+    rollouts = with_tokens(known(old=[[-1.0] * 5], rewards=[1.0]), [[5, 9, 6, 7, 9]])
+    after, every = card("dapo_step", step_token_ids=(9,)), card("dapo_step", step_tokens=3)
+    assert after.segments(rollouts).int().tolist() == [[1, 0, 1, 0, 0]]
+    assert every.segments(rollouts).int().tolist() == [[1, 0, 0, 1, 0]]
+
+
+def test_a_step_does_not_end_at_the_token_of_a_tool():
     ids = torch.tensor([[5, 9, 5, 5]])
     mask = torch.tensor([[True, False, True, True]])
     assert after_tokens(ids, mask, (9,)).int().tolist() == [[1, 0, 0, 0]]
