@@ -250,8 +250,8 @@ def pretrain(launcher, recipe, rollouts, output):
 
 def test_two_processes_learn_what_one_does(ppo, write_recipe, tmp_path):
     """The sharding law: rows that do not divide, minibatches that do not divide, from the first step on."""
-    write_rollouts(tmp_path / "odd.parquet", list(told(101, prompts=11)))
-    ppo["actor"] |= {"minibatches": 3, "prompts_per_step": 5}
+    write_rollouts(tmp_path / "odd.parquet", list(told(45, prompts=11)))
+    ppo["actor"] |= {"minibatches": 3, "prompts_per_step": 6}  # 41 rows: minibatches of 7 and 6
     ppo["critic"]["lr"] = 1e-3
     recipe = write_recipe(ppo)
     pretrain([sys.executable], recipe, tmp_path / "odd.parquet", tmp_path / "one")

@@ -117,6 +117,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own():
         assert sorted(itertools.chain(*epoch)) == list(range(23))
         assert {len(part) for part in epoch} == {4, 5}
     assert first == again != second
+    assert first != chunks(23, 5, seed=4, epoch=1)
 
 
 def test_the_share_of_the_limit_that_is_used_up_does_not_depend_on_the_rows():
