@@ -45,13 +45,14 @@ ORACLE = "critic={name: 'scripts/benchmarks/oracle.py:StepOracle'}"
 HEAD = "lr: 1.0e-3, betas: [0.9, 0.98]"
 SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "grpo": ("grpo", ()),
+    "grpo, lr x 2": ("grpo", ("actor.lr=1.0e-3",)),
     "ppo, as the recipe": ("ppo", ()),
     "ppo, surprise, lam 1": ("ppo", ("algorithm.lam=1.0",)),
     "ppo, oracle, lam 0": ("ppo", (ORACLE, "algorithm.lam=0.0")),
     "ppo, value_head": ("ppo", (f"critic={{name: value_head, {HEAD}, value_clip: null}}",)),
     "ppo, bernoulli": ("ppo", (f"critic={{name: bernoulli, {HEAD}}}",)),
     "ppo, hl_gauss": ("ppo", (f"critic={{name: hl_gauss, {HEAD}}}",)),
-    "ppo, leave_one_out": ("ppo", ("critic={name: leave_one_out}",)),
+    "ppo, running_mean": ("ppo", ("critic={name: running_mean}",)),
 }
 """Name: recipe, overrides. In the order of the table."""
 
