@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from llmac.core.ensembles import spread
-from llmac.core.masking import aggregate, aggregation_weight, masked_mean
+from llmac.core.masking import aggregate, aggregation_weight
 from llmac.core.measures import Last, Mean, Measure, combine
 from llmac.core.moments import Moments
 from llmac.core.types import CriticTargets, Loss, Rollouts, Values
 from llmac.core.value_heads import Learned, Lesson, Scalar
+from llmac.critics.outcomes import mean_outcome
 from llmac.critics.target_network import TargetNetwork
 from llmac.models.packing import (
     PackedRows,
@@ -180,12 +181,11 @@ class HeadCritic:
         return [self._model] + ([self._target.model] if self._target else [])
 
     def _start_at(self, rollouts: Rollouts) -> None:
-        outcomes = rollouts.rewards.sum(1)
-        mean = masked_mean(
-            outcomes, torch.ones_like(outcomes, dtype=torch.bool), sum_across=self._runtime.sum
-        )
+        mean = mean_outcome(rollouts, self._runtime)
+        if mean is None:  # nothing has ended yet
+            return
         for model in self._models():
-            start_at(model.head, model.spec.head, float(mean))
+            start_at(model.head, model.spec.head, mean)
         self._fresh_head = False
 
     def _renormalize(self, targets: CriticTargets) -> dict[str, Measure]:

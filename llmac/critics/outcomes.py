@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llmac.core.calibration import ranking_auc, variance_explained
+from llmac.core.masking import masked_mean
 from llmac.core.measures import Last, Metrics
 from llmac.core.types import Prompt, Rollouts, Values
 from llmac.runtime.context import Runtime
@@ -36,6 +37,17 @@ def outcomes(rollouts: Rollouts) -> tuple[Float[Tensor, "B"], Bool[Tensor, "B"]]
     total = rollouts.rewards.sum(-1)
     empty = ~rollouts.action_mask.any(-1)
     return torch.where(empty, total.new_tensor(rewards), total), known
+
+
+def mean_outcome(rollouts: Rollouts, runtime: Runtime) -> float | None:
+    """Of all responses of the step that have one, on all ranks; None if none has. Collective.
+
+    Where a critic that knows nothing yet starts.
+    """
+    total, known = outcomes(rollouts)
+    if not float(runtime.sum(known.sum())):
+        return None
+    return float(masked_mean(total, known, sum_across=runtime.sum))
 
 
 def prompt_outcomes(rollouts: Rollouts, runtime: Runtime) -> list[PromptOutcome]:

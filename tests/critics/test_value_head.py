@@ -50,6 +50,16 @@ def test_values_are_given_only_where_asked_and_bootstrap_only_where_truncated(ru
     assert values.bootstrap.tolist() == pytest.approx([0.0, 0.5])
 
 
+def test_it_starts_at_the_mean_of_those_that_have_ended(runtime):
+    paused = trajectory([3, 5, 6], None, Finish.PAUSED)
+    learner = critic(runtime)
+    unknown = rollouts_of([paused])
+    assert learner.values(unknown, every_token(unknown.action_mask)).at.tolist() == [[0.0] * 3]
+    some = rollouts_of([paused, trajectory([4, 5], 1.0), trajectory([4, 6], 0.5)])
+    values = learner.values(some, every_token(some.action_mask)).at
+    assert values[some.action_mask].tolist() == pytest.approx([0.75] * 7)
+
+
 def test_micro_batches_do_not_change_values(runtime):
     rollouts = rollouts_of(ROWS)
     starts = every_token(rollouts.action_mask)
