@@ -7,6 +7,7 @@ token a step; finished rows leave the batch. A model whose cache is more than ke
 
 import dataclasses
 import inspect
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -102,13 +103,19 @@ class HFEngine:
         sampled: list[list[Completion]] = [[] for _ in requests]
         seeds = request_seeds(requests)
         for params, members in _by_params(requests):
-            prompts = [requests[index].prompt_ids for index in members for _ in range(params.n)]
-            tables = [
-                uniform_table(params.n, params.max_new_tokens, seeds[index]) for index in members
+            sizes = [requests[index].params.n for index in members]
+            prompts = [
+                requests[index].prompt_ids
+                for index, size in zip(members, sizes, strict=True)
+                for _ in range(size)
             ]
-            completions = self._sample(prompts, params, torch.cat(tables, dim=1))
-            for place, index in enumerate(members):
-                sampled[index] = completions[place * params.n : (place + 1) * params.n]
+            tables = [
+                uniform_table(size, params.max_new_tokens, seeds[index])
+                for index, size in zip(members, sizes, strict=True)
+            ]
+            completions = iter(self._sample(prompts, params, torch.cat(tables, dim=1)))
+            for index, size in zip(members, sizes, strict=True):
+                sampled[index] = list(itertools.islice(completions, size))
         return sampled
 
     @torch.no_grad()
@@ -334,10 +341,10 @@ class _WaveFinished(StoppingCriteria):
 
 
 def _by_params(requests: Sequence[Request]) -> Iterator[tuple[SamplingParams, list[int]]]:
-    """Places of the requests that differ in their seeds at most."""
+    """Places of the requests that differ in their seeds and numbers of responses at most."""
     groups: dict[SamplingParams, list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(dataclasses.replace(request.params, seed=None), []).append(index)
+        groups.setdefault(dataclasses.replace(request.params, seed=None, n=1), []).append(index)
     yield from groups.items()
 
 
