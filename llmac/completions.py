@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from llmac.core.types import Credit, Messages, Rollouts
+from llmac.core.types import Credit, Finish, Messages, Rollouts
 
 
 class CompletionLog:
@@ -70,8 +70,10 @@ class CompletionLog:
 
 
 def completions_table(step: int, rollouts: Rollouts, credit: Credit | None) -> pyarrow.Table:
-    """One row for each trajectory, in their order; see `CompletionLog` for the columns."""
-    trajectories = rollouts.trajectories
+    """One row for each trajectory that has ended, in their order; see `CompletionLog` for the columns."""
+    ended = [i for i, t in enumerate(rollouts.trajectories) if t.finish is not Finish.PAUSED]
+    trajectories = [rollouts.trajectories[i] for i in ended]
+    advantages = _mean_advantages(len(rollouts.trajectories), credit)
     functions = dict.fromkeys(name for t in trajectories for name in t.reward_parts)
     text, number, count = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
     columns: dict[str, tuple[Sequence[Any], pyarrow.DataType]] = {
@@ -87,7 +89,7 @@ def completions_table(step: int, rollouts: Rollouts, credit: Credit | None) -> p
         },
         "finish": ([str(t.finish) for t in trajectories], text),
         "tokens": ([sum(t.action_mask) for t in trajectories], count),
-        "advantage": (_mean_advantages(len(trajectories), credit), number),
+        "advantage": ([advantages[i] for i in ended], number),
     }
     return pyarrow.table({name: pyarrow.array(*column) for name, column in columns.items()})
 

@@ -170,7 +170,8 @@ def train(run: Run, parts: Parts) -> None:
             with phase("update_critic"):
                 log.add(critic.update(rollouts, credit.critic_targets))
         if observer is not None:
-            log.add(observer.observe(rollouts))
+            with phase("update_critic"):
+                log.add(observer.observe(rollouts))
 
         # 6. Sync: the next step samples the new policy.
         with phase("sync"):
@@ -294,13 +295,16 @@ def check_versions(trajectories: Sequence[Trajectory], version: int) -> None:
 
 def describe(rollouts: Rollouts) -> Metrics:
     """What is always worth knowing of a step's responses: lengths of those that ended, tokens sampled in this step."""
+    tokens = Sum((rollouts.action_mask & rollouts.fresh).sum())
     ended = ~rollouts.paused
+    if not ended.any():
+        return {"rollout/tokens": tokens}
     lengths, count = rollouts.action_mask.sum(1)[ended], float(ended.sum())
     return {
         "response_length/mean": Mean(lengths.sum(), count),
-        "response_length/max": Max(float(lengths.max()) if len(lengths) else 0.0),
+        "response_length/max": Max(float(lengths.max())),
         "response_length/clip_ratio": Mean(rollouts.truncated[ended].sum(), count),
-        "rollout/tokens": Sum((rollouts.action_mask & rollouts.fresh).sum()),
+        "rollout/tokens": tokens,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from llmac.core.measures import Max, Measure, Metrics, combine
+from llmac.core.measures import Max, Mean, Measure, Metrics, combine
 from llmac.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,8 @@ class MetricLog:
         """End a step: reduce over ranks, then write, track and show on the main rank.
 
         Every rank calls it. One collective, whatever names a rank has: a name that some ranks lack
-        is reduced over those that have it. A number that is NaN or infinite is written as null, not
-        tracked, and warned of once by name.
+        is reduced over those that have it, and a mean over nothing is left out. A number that is NaN
+        or infinite is written as null, not tracked, and warned of once by name.
 
         Returns:
             The same numbers on every rank; NaN and infinities as they are.
@@ -129,7 +129,8 @@ class MetricLog:
         now = self._clock()
         mine = combine(self._pending, {"timing_s/step": Max(now - self._since)})
         self._since, self._pending = now, {}
-        values = {name: m.value for name, m in combine(*self._ranks.gather(mine)).items()}
+        whole = combine(*self._ranks.gather(mine))
+        values = {name: m.value for name, m in whole.items() if not _of_nothing(m)}
         if "rollout/tokens" in values and values["timing_s/step"] > 0:
             values["perf/throughput"] = values["rollout/tokens"] / values["timing_s/step"]
         self.latest = values
@@ -235,6 +236,10 @@ def _as_numbers(metrics: Metrics) -> dict[str, Measure]:
         )
         for name, measure in metrics.items()
     }
+
+
+def _of_nothing(measure: Measure) -> bool:
+    return isinstance(measure, Mean) and float(measure.weight) == 0
 
 
 def _number(name: str, value: float | Tensor) -> float:

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llmac.core.losses import MAX_LOG_RATIO
-from llmac.core.masking import masked_var
+from llmac.core.masking import masked_mean, masked_var
 from llmac.core.measures import Last, Max, Mean, Measure
 from llmac.core.types import AllSum, CriticTargets, Values, identity
 
@@ -34,7 +34,7 @@ def explained_variance(
         sum_across: sums over ranks.
 
     Returns:
-        At most 1; 0 if the returns do not vary, since there is nothing to explain.
+        At most 1; 0 if the returns do not vary beyond rounding, since there is nothing to explain.
 
     >>> values, returns = torch.tensor([[.5, 1.]]), torch.tensor([[0., 1.]])
     >>> explained_variance(values, returns, torch.tensor([[True, True]]))
@@ -42,7 +42,9 @@ def explained_variance(
     """
     unexplained = masked_var(returns - values, mask, unbiased=False, sum_across=sum_across)
     variance = masked_var(returns, mask, unbiased=False, sum_across=sum_across)
-    return torch.where(variance > 0, 1.0 - unexplained / variance.where(variance > 0, 1.0), 0.0)
+    size = masked_mean(returns.square() + values.square(), mask, sum_across=sum_across)
+    varies = variance > (64 * torch.finfo(returns.dtype).eps) ** 2 * size
+    return torch.where(varies, 1.0 - unexplained / variance.where(varies, 1.0), 0.0)
 
 
 def sampler_gap(

@@ -6,6 +6,7 @@ the policy gets wrong with confidence. Ours; no paper.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from jaxtyping import Bool
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmac.core.masking import aggregate, aggregation_weight, masked_mean
+from llmac.core.masking import aggregate, aggregation_weight
 from llmac.core.measures import Mean, Measure, combine
 from llmac.core.surprise import FEATURES, surprise
 from llmac.core.types import CriticTargets, Loss, Rollouts, Values
@@ -22,6 +23,7 @@ from llmac.core.value_heads import OUTSIDE, inside
 from llmac.core.value_losses import binary_cross_entropy
 from llmac.critics.bench import CriticBench
 from llmac.critics.head_config import refuse_unless
+from llmac.critics.outcomes import mean_outcome
 from llmac.errors import CheckpointError
 from llmac.models.packing import minibatch_rows
 from llmac.runtime.context import Runtime
@@ -174,11 +176,11 @@ class Surprise:
 
     def _start_at(self, rollouts: Rollouts) -> None:
         low, high = self._config.reward_range
-        outcomes = rollouts.rewards.sum(1)
-        counted = torch.ones_like(outcomes, dtype=torch.bool)
-        mean = masked_mean(outcomes, counted, sum_across=self._runtime.sum)
-        chance = ((mean - low) / (high - low)).clamp(0.01, 0.99)
-        self._network.offset.fill_(float(chance.logit()))
+        mean = mean_outcome(rollouts, self._runtime)
+        if mean is None:  # nothing has ended yet
+            return
+        chance = min(max((mean - low) / (high - low), 0.01), 0.99)
+        self._network.offset.fill_(math.log(chance / (1 - chance)))
         self._fresh = False
 
     def _step(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:

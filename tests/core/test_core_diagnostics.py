@@ -35,6 +35,17 @@ def test_equal_returns_leave_nothing_to_explain():
     assert explained_variance(values, returns, nothing).item() == 0.0
 
 
+def test_returns_that_differ_by_rounding_leave_nothing_to_explain():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(4, 50, dtype=torch.bool)
+    values = torch.rand(4, 50, generator=generator)
+    one = torch.tensor(1.0)
+    returns = torch.where(values < 0.5, one, torch.nextafter(one, 2 * one))
+    assert explained_variance(values, returns, mask) == 0.0
+    truly = 1.0 + 0.01 * torch.rand(4, 50, generator=generator)
+    assert explained_variance(values, truly, mask) < -10
+
+
 def test_the_sampler_gap_of_five_tokens():
     old = torch.tensor([[-1.0, -2.0, math.nan], [-1.0, -1.0, -3.0]])
     sampler = torch.tensor([[-1.0, -1.5, 0.0], [-1.2, -1.0, -3.0]])

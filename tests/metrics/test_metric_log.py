@@ -60,6 +60,13 @@ def test_ranks_with_different_names_are_combined_in_one_collective(tmp_path):
     assert log.latest == values
 
 
+def test_a_mean_over_nothing_is_left_out_unless_another_rank_has_something(tmp_path):
+    log = MetricLog(tmp_path, Ranks({"there": Mean(3.0, 2.0), "nowhere": Mean(0.0, 0.0)}))
+    log.add({"there": Mean(0.0, 0.0), "nowhere": Mean(0.0, 0.0)})
+    assert {"there": 1.5}.items() <= log.flush(1).items()
+    assert "nowhere" not in lines(tmp_path)[0]
+
+
 def test_two_parts_of_a_step_are_weighted_not_averaged(tmp_path):
     log = MetricLog(tmp_path, Ranks())
     log.add({"a": Mean(3.0, 1.0), "l": Last(1.0)})
