@@ -21,6 +21,7 @@ from llmac.core.protocols import (
     Critic,
     NeedsRollouts,
     PromptCritic,
+    ReadsText,
     Resendable,
     RolloutEngine,
     SamplingParams,
@@ -46,11 +47,11 @@ from llmac.models.loading import (
     train_in_full_mode,
 )
 from llmac.models.policy import TokenPolicy
+from llmac.pretraining.file import rollouts_in
 from llmac.rewards.contracts import RewardSpec
 from llmac.rewards.loader import resolve
 from llmac.rewards.reward_model import RewardModel
 from llmac.rewards.scoring import Rewards
-from llmac.rollout_store import read_rollouts
 from llmac.runtime.checkpoint import CheckpointStore, RandomState, Remembered, Saveable
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
@@ -98,9 +99,11 @@ def build(
     runtime.start_trackers(recipe.run.trackers, recipe.run.project, plain(recipe))
 
     algorithm: Algorithm = recipe.algorithm.settings
-    plan = algorithm.plan(prompts_per_step=share, sampling=_sampling(recipe))
+    plan = algorithm.plan(prompts_per_step=share, sampling=sampling_of(recipe))
     if isinstance(plan, NeedsRollouts):
-        _hand_over(plan, runtime)
+        _hand_over(plan, recipe, runtime)
+    if isinstance(plan, ReadsText):
+        plan.decode = lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
     engine = _engine(
         recipe, tokenizer, runtime, longest=_longest(recipe, runtime, prompts, held_out)
     )
@@ -173,11 +176,10 @@ def _share(recipe: Recipe, runtime: Runtime) -> int:
     return prompts // ranks
 
 
-def _hand_over(plan: NeedsRollouts, runtime: Runtime) -> None:
+def _hand_over(plan: NeedsRollouts, recipe: Recipe, runtime: Runtime) -> None:
+    stored = rollouts_in(Path(plan.path), recipe).trajectories
     try:
-        plan.stored = share_of(
-            read_rollouts(plan.path), rank=runtime.rank, world_size=runtime.world_size
-        )
+        plan.stored = share_of(stored, rank=runtime.rank, world_size=runtime.world_size)
     except ValueError as error:
         raise DataError(str(error)) from error
 
@@ -191,7 +193,8 @@ def _schedule(recipe: Recipe) -> PolicySchedule:
     )
 
 
-def _sampling(recipe: Recipe) -> SamplingParams:
+def sampling_of(recipe: Recipe) -> SamplingParams:
+    """How a recipe samples in training."""
     rollout = recipe.rollout
     return SamplingParams(
         temperature=rollout.temperature,
@@ -281,7 +284,7 @@ def _held_out(
         name="held_out",
         prompts=prompts[runtime.rank :: runtime.world_size],
         sampling=dataclasses.replace(
-            _sampling(recipe),
+            sampling_of(recipe),
             n=wanted.samples,
             temperature=wanted.temperature,
             max_new_tokens=max_new_tokens,

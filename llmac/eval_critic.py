@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from llmac.build import _sampling  # pyright: ignore[reportPrivateUsage]
+from llmac.build import sampling_of
 from llmac.config import Recipe, verify
 from llmac.config.cards import Choice, choose_algorithm, choose_critic
 from llmac.config.loading import YamlReader
@@ -254,7 +254,7 @@ def _sample(
         parts.engine,
         prompts,
         score,
-        sampling=_sampling(run.recipe),
+        sampling=sampling_of(run.recipe),
         states=truth.states,
         depths=truth.depths,
         rollouts=truth.rollouts,

@@ -69,7 +69,7 @@ IDLE = (
     ),
     Idle(
         ("run.critic_warmup_steps", "run.critic_warmup_explained", "run.policy_every"),
-        lambda recipe: recipe.critic is None,
+        lambda recipe: not recipe.algorithm.settings.uses_values,
         "the algorithm uses no critic; remove it, or choose an algorithm that has one, for example ppo",
     ),
     Idle(
@@ -168,6 +168,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         and recipe.model.lora is None
     ):  # cards differ
         yield "critic.lora takes its sizes from model.lora, which is not set; set model.lora, or critic.lora: false"
+    yield from _critic_that_does_not_fit(recipe)
     for index, function in enumerate(recipe.reward.functions):
         if (function.path is None) == (function.model is None):
             both = "both" if function.path is not None else "neither"
@@ -178,6 +179,23 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                 f"{name}.prompt and {name}.prompt_column both say what the prompt is; keep the template or the column"
             )
     yield from _same_names(recipe)
+
+
+def _critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:
+    card, critic = recipe.algorithm.settings, recipe.critic
+    # Cards differ in what they can be asked and in what they need.
+    says_prompt_values = getattr(critic and critic.settings, "says_prompt_values", False)
+    if getattr(card, "allocation", "equal") != "equal" and not says_prompt_values:
+        yield (
+            f"algorithm.allocation asks what prompts are worth, and critic {critic.name if critic else 'null'} does "
+            "not say it; set critic: prompt_value or running_mean, or algorithm.allocation: equal"
+        )
+    least = getattr(critic and critic.settings, "least_group_size", 1)
+    if critic is not None and card.group_size < least:
+        yield (
+            f"critic {critic.name} compares siblings: algorithm.group_size must be at least {least}, found "
+            f"{card.group_size}"
+        )
 
 
 def _same_names(recipe: Recipe) -> Iterator[str]:

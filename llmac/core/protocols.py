@@ -192,6 +192,14 @@ class AsksPromptValues(Protocol):
 
 
 @runtime_checkable
+class ReadsText(Protocol):
+    """A plan that must read what was sampled. `build` sets the attribute."""
+
+    decode: Callable[[Sequence[int]], str] | None
+    """Token ids to text, special tokens included."""
+
+
+@runtime_checkable
 class Stateful(Protocol):
     """Remembers something from step to step that a resumed run must know: a plan, an algorithm's memory."""
 

@@ -25,12 +25,22 @@ def examples_in(path: Path, recipe: Recipe) -> list[Example]:
         DataError: there is nothing to learn from, or the token ids are of another vocabulary.
         ConfigError: the critic's head cannot say such rewards.
     """
-    stored = read_store(path)
-    _check_vocabulary(recipe, stored, path)
+    stored = rollouts_in(path, recipe)
     skip = recipe.algorithm.settings.mask_truncated
     examples = examples_of(stored, path, skip_truncated=skip)
     _check_range(recipe, examples, path)
     return examples
+
+
+def rollouts_in(path: Path, recipe: Recipe) -> StoredRollouts:
+    """The file's responses, whose token ids mean in the recipe's model what they meant when they were sampled.
+
+    Raises:
+        DataError: the file is missing, foreign or empty, or its token ids are of another vocabulary.
+    """
+    stored = read_store(path)
+    _check_vocabulary(recipe, stored, path)
+    return stored
 
 
 def say_what_there_is(path: Path, learn: Sequence[Example], held_out: Sequence[Example]) -> None:

@@ -105,6 +105,8 @@ def test_a_mistake_is_named_with_its_owner_and_the_way_out(settings, override, p
         (["rollout.request_timeout_seconds=5"], "rollout.request_timeout_seconds", "vllm_server"),
         (["actor.min_lr_ratio=0.1"], "actor.min_lr_ratio", "linear or cosine"),
         (["run.critic_warmup_steps=3"], "run.critic_warmup_steps", "uses no critic"),
+        (["run.critic_warmup_explained=0.3"], "run.critic_warmup_explained", "uses no critic"),
+        (["run.policy_every=2"], "run.policy_every", "uses no critic"),
         (["run.project=mine"], "run.project", "run.trackers"),
         (["model.reference=org/other"], "model.reference", "algorithm.kl_coef above 0"),
         (
@@ -133,6 +135,7 @@ def test_a_key_without_effect_is_refused_even_at_its_default(settings, overrides
         ["rollout.engine=vllm", "rollout.dtype=auto", "rollout.kv_cache_mb=64"],
         ["actor.schedule=cosine", "actor.min_lr_ratio=0.1"],
         ["algorithm=ppo", "run.critic_warmup_steps=3", "critic.lr=1e-4"],
+        ["algorithm=ppo", "run.critic_warmup_explained=0.3", "run.policy_every=2"],
         ["run.trackers=[tensorboard]", "run.project=mine"],
         ["algorithm.kl_coef=0.1", "model.reference=org/other"],
         ["data.chat=always", "data.system=Be brief."],
@@ -161,6 +164,21 @@ def test_greedy_evaluation_with_many_samples_is_refused(settings):
         settings,
         ["evaluation.data.name=org/x", "evaluation.samples=4", "evaluation.temperature=1"],
     )
+
+
+def test_a_budget_needs_a_critic_that_values_prompts(settings):
+    message = refusal(settings, "algorithm.allocation=failures", "critic=leave_one_out")
+    assert "critic leave_one_out does not say it; set critic: prompt_value" in message
+    assert load_recipe(settings, ["algorithm.allocation=failures"]).critic.name == "prompt_value"
+    load_recipe(settings, ["algorithm.allocation=failures", "critic=running_mean"])
+
+
+def test_a_critic_of_siblings_needs_siblings(ppo):
+    message = refusal(ppo, "critic=leave_one_out", "algorithm.group_size=1")
+    assert (
+        "critic leave_one_out compares siblings: algorithm.group_size must be at least 2" in message
+    )
+    load_recipe(ppo, ["critic=leave_one_out", "algorithm.group_size=2"])
 
 
 def test_critic_lora_needs_the_policys_lora(ppo):
