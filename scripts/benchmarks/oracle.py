@@ -2,15 +2,16 @@
 
     critic: {name: "scripts/benchmarks/oracle.py:StepOracle"}
 
-V(s) = Π over the steps still to come of (1 - error rate of such a step) while every token so far is that of the right
-solution, and the chance to recover by luck after the first wrong one. Rates are those of the step's own rollouts,
-of steps with and without a carry or borrow. It knows the task: no method.
+    V(s) = p + (1 - p) · luck,    p = Π over the steps still to come of (1 - error rate of such a step)
+
+while every token so far is that of the right solution; p = 0 after the first wrong one. Luck is the chance that an
+error is made up for by another. Rates are those of the step's own rollouts, of steps with and without a carry or
+borrow. It knows the task: no method.
 """
 
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool
@@ -62,10 +63,10 @@ class LiveOracle:
         for trajectory in rollouts.trajectories:
             count_steps(trajectory.prompt.source, trajectory.response_text, done, failed)
         rate = (failed + 0.5) / (done + 1.0)
-        value = ((1 - rate) ** ahead).prod(-1)
+        faultless = ((1 - rate) ** ahead).prod(-1) * right
         wrong = rollouts.action_mask & ~right
         luck = outcome[wrong].mean() if wrong.any() else torch.tensor(0.0)
-        value = torch.where(right, value, luck)
+        value = faultless + (1 - faultless) * luck
         return Values(
             at=value * starts, starts=starts, bootstrap=torch.zeros(len(rollouts.trajectories))
         )
@@ -73,12 +74,6 @@ class LiveOracle:
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
         """Nothing to learn."""
         return {}
-
-    def save(self, directory: Path) -> None:
-        """Nothing to keep."""
-
-    def load(self, directory: Path) -> None:
-        """Nothing was kept."""
 
     def _checked(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Whether the tokens before t are right [B, T]; plain and critical results still to come [B, T, 2]."""

@@ -167,6 +167,16 @@ def test_the_oracle_drops_at_the_first_wrong_character(oracle):
     assert values[1, 5:12].tolist() == [0.0] * 7  # nobody recovered
 
 
+def test_an_error_never_makes_the_oracle_hope_more(oracle):
+    lucky, wrong = response("8+6=4;4-1=13", 1.0), response("8+6=4;4-1=3", 0.0)
+    rollouts = rollouts_of([lucky, wrong])
+    values = oracle.LiveOracle().values(rollouts, rollouts.action_mask).at
+    luck = 8 / (8 + 7)  # states after the error: 8 of the response that recovers, 7 of the other
+    assert values[0, 5:13].tolist() == pytest.approx([luck] * 8)
+    faultless = (1 - 2.5 / 3) * (1 - 0.5 / 1)
+    assert values[0, :5].tolist() == pytest.approx([faultless + (1 - faultless) * luck] * 5)
+
+
 def test_the_oracle_knows_which_results_are_critical(oracle):
     text, begins, critical = oracle.solution("45+5-3-8=")
     assert text == "45+5=50;50-3=47;47-8=39"
