@@ -125,14 +125,14 @@ def test_the_page_has_the_marks(critics):
 def test_every_setting_is_a_recipe_that_loads(critics, task):
     from llmac.config import load_recipe
 
-    root = FOLDER.parents[1]
+    root, responses = FOLDER.parents[1], set()
     for method, overrides in critics.SETTINGS.values():
         recipe = load_recipe(
             root / "recipes" / f"{critics.TASKS[task].recipe}_{method}.yaml",
             [o.replace("scripts/", f"{root}/scripts/") for o in overrides],
         )
-        responses = recipe.actor.prompts_per_step * recipe.algorithm.settings.group_size
-        assert responses == 256  # equal numbers of sampled tokens
+        responses.add(recipe.actor.prompts_per_step * recipe.algorithm.settings.group_size)
+    assert len(responses) == 1  # a step of one samples as much as a step of another
 
 
 def response(text, reward):

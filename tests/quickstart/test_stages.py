@@ -16,14 +16,14 @@ def task(quickstart):
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("quickstart", quickstart)
     spec.loader.exec_module(module)
-    return module.EIGHT_STEPS
+    return module.TEN_STEPS
 
 
 def test_every_prompt_has_many_critical_steps(quickstart, task):
     sums = quickstart.distinct_sums(random.Random(0), 2000, task)
     hard = [problem for problem in sums if problem.critical >= task.critical]
-    assert len(hard) > 0.6 * len(sums)
-    assert all(len(problem.operations) == 8 and 20 <= problem.start < 80 for problem in hard)
+    assert len(hard) > 0.5 * len(sums)
+    assert all(len(problem.operations) == 10 and 20 <= problem.start < 80 for problem in hard)
 
 
 def test_critical_steps_are_those_in_which_the_student_goes_wrong(quickstart):
@@ -38,7 +38,7 @@ def test_the_student_is_seldom_right_and_right_solutions_fit(quickstart, task):
     rng = random.Random(0)
     drawn = quickstart.distinct_sums(rng, 3000, task)
     sums = [problem for problem in drawn if problem.critical >= task.critical]
-    right = [s.worked(rng, bug_rate=task.bug_rate).endswith(f"={s.answer}") for s in sums]
-    assert 0.01 < sum(right) / len(right) < 0.05
+    right = [s.worked(rng, bug_rate=task.bug_rate) == s.worked(rng, bug_rate=0.0) for s in sums]
+    assert 0.02 < sum(right) / len(right) < 0.07  # its copy makes mistakes of its own
     longest = max(len(s.prompt + s.worked(rng, bug_rate=0.0)) + 1 for s in sums)
     assert longest <= task.context_tokens

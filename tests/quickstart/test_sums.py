@@ -85,3 +85,15 @@ def test_prompts_are_distinct_and_follow_the_seed(quickstart):
     assert len({s.prompt for s in sums}) == 3000
     assert quickstart.distinct_sums(random.Random(5), 3000) == sums
     assert quickstart.distinct_sums(random.Random(6), 3000) != sums
+
+
+def test_only_faultless_work_is_rewarded_where_the_work_counts(quickstart):
+    rng = random.Random(2)
+    for _ in range(200):
+        problem = quickstart.random_sum(rng)
+        solution = problem.worked(rng, bug_rate=0.0)
+        given = {"prompt": problem.prompt, "answer": str(problem.answer)}
+        assert arithmetic.worked(response=solution, **given) == 1.0
+        assert arithmetic.worked(response=solution.rpartition(";")[2], **given) == 0.0
+        buggy = problem.worked(rng, bug_rate=1.0)
+        assert arithmetic.worked(response=buggy, **given) == float(buggy == solution)
