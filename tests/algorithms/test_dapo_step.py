@@ -289,6 +289,7 @@ def test_a_policy_learns_from_stored_responses_and_a_critic_fitted_to_them():
     assert offline(beta=0.005, steps=25)[-1] >= 0.9
 
 
+@pytest.mark.slow
 def test_a_larger_beta_stays_closer_to_the_reference():
     assert 0.5 < max(offline(beta=0.02, steps=8)) < 0.8
     assert max(offline(beta=0.2, steps=8)) < 0.3

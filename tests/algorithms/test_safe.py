@@ -120,6 +120,7 @@ def test_below_the_threshold_safe_is_ppo_with_the_same_advantages(rollouts):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_gate_keeps_a_policy_near_its_reference():
     def final_kl(**fields):
         algorithm = card("safe", entropy_coef=0.0, advantage_scale="none", **fields)

@@ -298,6 +298,7 @@ def test_every_token_of_the_toy_world_is_trained_on_in_exactly_one_step(window):
         {"whiten_advantages": True},
     ],
 )
+@pytest.mark.slow
 def test_it_learns_with_its_options_on(fields):
     assert train(card("t_ppo", **fields), steps=40, until=0.9)[-1] >= 0.9
 

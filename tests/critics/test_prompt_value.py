@@ -151,6 +151,7 @@ def test_unseen_prompts_are_ranked_and_foreseen_better_than_by_the_mean(runtime)
     assert metrics["critic/prompt_explained_var"].value > 0.4
 
 
+@pytest.mark.slow
 def test_a_policy_whose_rates_change_is_followed(runtime):
     toy = Toy()
     critic = critic_of(toy, runtime, memory_steps=2.0, context=1024)

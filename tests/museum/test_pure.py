@@ -113,7 +113,7 @@ def test_explained_variance_over_two_ranks_is_that_of_one_process():
     whole = explained_variance(values, returns, mask)
 
     def partial_sums(rank):
-        """What one rank contributes to the four sums: twice (Σx, n), then (Σ(x - mean)², n)."""
+        """What one rank contributes: twice (Σx, n) and then (Σ(x - mean)², n), and at the end the size of it all."""
         sums = []
         for x in (returns - values, returns):
             mean, count = masked_mean(x, mask), mask[rank].sum()
@@ -121,7 +121,8 @@ def test_explained_variance_over_two_ranks_is_that_of_one_process():
             sums.append(torch.stack([mine.where(mask[rank], 0.0).sum(), count]))
             squares = (mine - mean).square().where(mask[rank], 0.0).sum()
             sums.append(torch.stack([squares, count]))
-        return iter(sums)
+        size = (returns[rank].square() + values[rank].square()).where(mask[rank], 0.0).sum()
+        return iter([*sums, torch.stack([size, count])])
 
     here, there = slice(0, 1), slice(1, 4)
     others = partial_sums(there)
