@@ -26,7 +26,7 @@ class HeadConfig(Optimization, ABC):
     init: str = "policy"
     """Where the weights come from: `policy` (the starting policy), the folder of a saved critic with the same kind of
     head, a reward model (its trunk; its score is the first value if this head is scalar and linear), or any other Hub
-    id or folder of a language model."""
+    id or folder of a language model. With a shared trunk: `policy`, or a saved critic, whose head is taken."""
     trunk: Literal["own", "shared"] = "own"
     """A model of its own, or the policy's backbone with only the head added."""
     detach_trunk: bool = True
@@ -124,8 +124,7 @@ class HeadConfig(Optimization, ABC):
         if self.trunk == "own":
             idle["detach_trunk"] = "a trunk of its own is always trained; set trunk: shared"
         else:
-            reason = "a shared trunk is the policy's; set trunk: own"
-            idle |= {"init": reason, "lora": reason}
+            idle["lora"] = "a shared trunk is the policy's; set trunk: own"
         if self.combine != "soft_min":
             idle["soft_min_temperature"] = "it belongs to combine: soft_min"
         if self.combine != "min_max":

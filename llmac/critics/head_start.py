@@ -12,7 +12,14 @@ from llmac.critics.bench import CriticBench
 from llmac.errors import CheckpointError, ConfigError
 from llmac.models.loading import LanguageModel, add_lora, load_backbone, torch_dtype
 from llmac.models.policy import causal_lm
-from llmac.models.value_heads import HEAD_FILE, HeadSpec, LinearHead, normalize
+from llmac.models.value_heads import (
+    HEAD_FILE,
+    HeadModule,
+    HeadSpec,
+    LinearHead,
+    load_head,
+    normalize,
+)
 from llmac.models.value_init import is_reward_model, load_reward_model
 from llmac.models.value_model import ValueModel
 from llmac.runtime.saving import whole_weights
@@ -55,7 +62,11 @@ def starting_model(config: Start, bench: CriticBench) -> tuple[ValueModel, bool]
     if config.trunk == "shared":
         trunk = cast(PreTrainedModel, causal_lm(bench.policy.model).base_model)
         states = bench.policy_states if config.detach_trunk else None
-        return ValueModel(trunk, _spec_on(trunk, config), states=states), True
+        model = ValueModel(trunk, _spec_on(trunk, config), states=states)
+        if config.init == "policy":
+            return model, True
+        _take_head(model, *_saved_head(config, trunk), config)
+        return model, False
     if (Path(config.init) / HEAD_FILE).is_file():
         model, fresh = _from_critic(config, bench), False
     elif config.init != "policy" and is_reward_model(bench.model, config.init):
@@ -78,19 +89,33 @@ def _from_critic(config: Start, bench: CriticBench) -> ValueModel:
         saved = ValueModel.from_pretrained(config.init, dtype=torch_dtype(bench.model))
     except CheckpointError as error:
         raise ConfigError(f"critic.init: {error}") from error
-    wanted = _spec_on(saved.backbone, config)
-    apart = _differences(saved.spec, wanted)
+    model = ValueModel(saved.backbone, _spec_on(saved.backbone, config))
+    _take_head(model, saved.head, saved.spec, config)
+    return model
+
+
+def _saved_head(config: Start, trunk: LanguageModel) -> tuple[HeadModule, HeadSpec]:
+    """Of a critic that another run had on the policy's trunk; its copy of that trunk is left aside."""
+    try:
+        return load_head(Path(config.init), trunk.config.get_text_config().hidden_size)
+    except CheckpointError as error:
+        raise ConfigError(
+            f"critic.init with critic.trunk: shared takes the head of a saved critic: {error}"
+        ) from error
+
+
+def _take_head(model: ValueModel, head: HeadModule, spec: HeadSpec, config: Start) -> None:
+    """Give the model the weights of a saved head of the same kind."""
+    apart = _differences(spec, model.spec)
     if apart:
         raise ConfigError(
             f"critic.init: {config.init} was saved with another head than this critic has: {'; '.join(apart)}. "
             "Change the critic's settings to those, or start from a model without a head"
         )
-    if saved.spec.normalized and not wanted.normalized:
+    if spec.normalized and not model.spec.normalized:
         # Its outputs come in units of rewards: V = 1 · (W' · h + b') + mean.
-        normalize(saved.head, mean=float(saved.head.offset), deviation=1.0, keep_values=True)
-    model = ValueModel(saved.backbone, wanted)
-    model.head.load_state_dict(saved.head.state_dict(), strict=False)
-    return model
+        normalize(head, mean=float(head.offset), deviation=1.0, keep_values=True)
+    model.head.load_state_dict(head.state_dict(), strict=False)
 
 
 def _from_reward_model(config: Start, bench: CriticBench) -> tuple[ValueModel, bool]:

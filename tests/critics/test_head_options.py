@@ -108,6 +108,23 @@ def test_values_come_from_a_copy_that_follows(trunk, runtime):
     assert not torch.allclose(asked(other, rollouts).at, asked(critic, rollouts).at)
 
 
+def test_a_head_on_a_shared_trunk_starts_from_a_saved_head_and_from_nothing_else(runtime, tmp_path):
+    policy = TokenPolicy(AutoModelForCausalLM.from_config(CONFIG), temperature=1.0, chunk_mb=1.0)
+    rollouts = rollouts_of(rows())
+    before = ValueHeadConfig(lr=1e-2, trunk="shared").build(bench(runtime, policy))
+    taught(before, rollouts, 3)
+    policy.model.save_pretrained(tmp_path / "policy")
+    before.save_pretrained(tmp_path / "critic", policy=tmp_path / "policy")
+
+    after = ValueHeadConfig(trunk="shared", init=str(tmp_path / "critic"))
+    said = asked(after.build(bench(runtime, policy)), rollouts).at
+    torch.testing.assert_close(said, asked(before, rollouts).at)
+    with pytest.raises(ConfigError, match="saved with another head"):
+        HLGaussConfig(trunk="shared", init=str(tmp_path / "critic")).build(bench(runtime, policy))
+    with pytest.raises(ConfigError, match="trunk: shared takes the head of a saved critic"):
+        ValueHeadConfig(trunk="shared", init=str(tmp_path / "policy")).build(bench(runtime, policy))
+
+
 def test_a_copy_at_tau_one_is_the_critic(runtime):
     rollouts = rollouts_of(rows())
     one, none = (live(ValueHeadConfig(lr=1e-2, target_tau=tau), runtime) for tau in (1.0, None))

@@ -284,6 +284,14 @@ def test_a_head_on_the_policys_trunk_learns_and_leaves_the_trunk_alone(ppo, tmp_
     )
     assert all(torch.equal(trunk[name], policy[f"model.{name}"]) for name in trunk)
 
+    ppo["critic"]["init"] = str(done.critic)
+    again = value_pretrain(
+        load_recipe(ppo), tmp_path / "repeated.parquet", tmp_path / "again", Pretraining(epochs=1)
+    )
+    first = json.loads((again.critic.parent / "metrics.jsonl").read_text().splitlines()[0])
+    for name, value in done.held_out.items():
+        assert first[name] == pytest.approx(value, abs=1e-5), name
+
 
 @pytest.mark.parametrize(
     ("critic", "fits"),
