@@ -47,7 +47,7 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "grpo": ("grpo", ()),
     "grpo, lr x 2": ("grpo", ("actor.lr=1.0e-3",)),
     "ppo, as the recipe": ("ppo", ()),
-    "ppo, surprise, lam 1": ("ppo", ("algorithm.lam=1.0",)),
+    "ppo, surprise, lam .95": ("ppo", ("algorithm.lam=0.95", "algorithm.critic_lam=1.0")),
     "ppo, oracle, lam 0": ("ppo", (ORACLE, "algorithm.lam=0.0")),
     "ppo, value_head": ("ppo", (f"critic={{name: value_head, {HEAD}, value_clip: null}}",)),
     "ppo, bernoulli": ("ppo", (f"critic={{name: bernoulli, {HEAD}}}",)),

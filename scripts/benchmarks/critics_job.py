@@ -26,7 +26,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         for line in lines
         if "eval/held_out/pass@1" in line
     }
-    truth = Truth(states=job["states"], rollouts=job["rollouts"])
+    truth = Truth(states=job["states"], rollouts=job["rollouts"], siblings=1)
     moments = []
     for step in job["moments"] if recipe.critic is not None else []:
         found = eval_critic(folder, step=step, truth=truth, output=folder / f"critic-{step}")
