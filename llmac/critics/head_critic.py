@@ -144,18 +144,23 @@ class HeadCritic:
         if self._runtime.is_main:
             target = self._target.state() if self._target else {}
             torch.save(
-                {"moments": dataclasses.asdict(self._moments), "target": target},
+                {
+                    "moments": dataclasses.asdict(self._moments),
+                    "target": target,
+                    "fresh": self._fresh_head,
+                },
                 directory / _STATE,
             )
 
     def load(self, directory: Path) -> None:
-        """Continue from a checkpoint; a trained head is not started again."""
+        """Continue from a checkpoint; a head that started is not started again."""
         self._learner.load(directory)
         self._fresh_head = False
         path = directory / _STATE
         if path.is_file():  # not in checkpoints from before there was anything to keep
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._moments = Moments(**state["moments"])
+            self._fresh_head = state.get("fresh", False)  # not kept by older checkpoints
             if self._target is not None:
                 self._target.restore(state["target"], self._model)
         elif self._target is not None:

@@ -32,6 +32,8 @@ from llmac.runtime.saving import whole_weights
 
 WEIGHTS_FILE, ABOUT_FILE = "surprise.safetensors", "surprise.json"
 
+_STATE = "critic.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SurpriseConfig(Optimization):
@@ -54,6 +56,7 @@ class SurpriseConfig(Optimization):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        super().__post_init__()
         low, high = self.reward_range
         refuse_unless(low < high, f"reward_range must be (failure, success), found ({low}, {high})")
         for name in ("width", "epochs", "minibatches"):
@@ -155,11 +158,15 @@ class Surprise:
     def save(self, directory: Path) -> None:
         """Role `critic` of a checkpoint."""
         self._learner.save(directory)
+        if self._runtime.is_main:
+            (directory / _STATE).write_text(json.dumps({"fresh": self._fresh}))
 
     def load(self, directory: Path) -> None:
-        """Continue from a checkpoint; a trained network is not started again."""
+        """Continue from a checkpoint; a network that started is not started again."""
         self._learner.load(directory)
-        self._fresh = False
+        path = directory / _STATE
+        # Older checkpoints have no such file.
+        self._fresh = path.is_file() and bool(json.loads(path.read_text())["fresh"])
 
     def save_pretrained(self, directory: Path, *, policy: Path) -> None:
         """A folder for `init`. Collective; `policy` is not needed."""

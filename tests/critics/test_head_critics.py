@@ -7,7 +7,7 @@ import torch
 
 from llmac.core.diagnostics import explained_variance
 from llmac.core.ensembles import Combination
-from llmac.core.types import CriticTargets
+from llmac.core.types import CriticTargets, Finish
 from llmac.critics import CRITICS
 from llmac.critics.distribution_heads import HLGaussConfig, TwoHotConfig
 from llmac.critics.head_config import HeadConfig
@@ -281,3 +281,38 @@ def test_fields_that_do_nothing_are_named():
     for card in CARDS.values():
         names = {field.name for field in dataclasses.fields(card)}
         assert set(card().without_effect()) <= names
+
+
+def unfinished():
+    return rollouts_of([trajectory([3, 5, 6], None, Finish.PAUSED)])
+
+
+@pytest.mark.parametrize("name", ["value_head", "hl_gauss", "target"])
+def test_a_critic_saved_before_anything_ended_still_starts_at_the_mean(name, runtime, tmp_path):
+    critic = live(config_of(name), runtime)
+    asked(critic, unfinished())
+    critic.save(tmp_path)
+    again = live(config_of(name), runtime, fresh=False)
+    again.load(tmp_path)
+    rollouts = rollouts_of(rows())
+    values = asked(again, rollouts)
+    assert torch.equal(values.at, asked(critic, rollouts).at)
+    assert float(values.at[0, 0]) == pytest.approx(0.4, abs=1e-3)
+    # Once it has started it does not start again.
+    again.save(tmp_path)
+    third = live(config_of(name), runtime)
+    third.load(tmp_path)
+    won = rollouts_of([trajectory([3, 5, 6], 1.0)])
+    assert float(asked(third, won).at[0, 0]) == pytest.approx(0.4, abs=1e-3)
+
+
+def test_a_checkpoint_that_does_not_say_whether_the_head_started_is_of_one_that_did(
+    runtime, tmp_path
+):
+    critic = live(config_of("value_head"), runtime)
+    critic.save(tmp_path)
+    state = torch.load(tmp_path / "critic.pt", weights_only=True)
+    del state["fresh"]
+    torch.save(state, tmp_path / "critic.pt")
+    critic.load(tmp_path)
+    assert asked(critic, rollouts_of(rows())).at[0].tolist() == [0.0, 0.0, 0.0, 0.0]

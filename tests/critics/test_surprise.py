@@ -164,3 +164,21 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 def test_the_name_in_a_recipe_builds_it(runtime):
     assert isinstance(critic_of(runtime), Surprise)
+
+
+def test_a_critic_saved_before_anything_ended_still_starts_at_the_mean(runtime, tmp_path):
+    critic = critic_of(runtime)
+    asked(critic, rollouts_of([sampled([-0.1] * 3, None, Finish.PAUSED)]))
+    critic.save(tmp_path)
+    again = critic_of(runtime)
+    again.load(tmp_path)
+    won = rollouts_of([sampled([-0.1] * 3, 1.0)] * 3 + [sampled([-0.1] * 3, 0.0)])
+    assert asked(again, won).at[0].tolist() == pytest.approx([0.75] * 3)
+    again.save(tmp_path)
+    third = critic_of(runtime)
+    third.load(tmp_path)
+    lost = rollouts_of([sampled([-0.1] * 3, 0.0)])
+    assert asked(third, lost).at[0].tolist() == pytest.approx([0.75] * 3)
+    (tmp_path / "critic.json").unlink()  # as checkpoints were before
+    critic.load(tmp_path)
+    assert asked(critic, lost).at[0].tolist() == pytest.approx([0.75] * 3)
