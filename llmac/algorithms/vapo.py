@@ -4,7 +4,8 @@ PPO with a critic that is made trustworthy first: its targets are plain returns 
 VC-PPO, arXiv:2503.01491), the policy's λ grows with the response, clips are unequal, every token
 weighs the same, and what was answered right is also learned by likelihood. The paper trains the
 critic before the policy moves: `run.critic_warmup_steps`, or `llmac value-pretrain` beforehand.
-Needs: a critic.
+Made from the abstract and accounts of the paper: the numbers are theirs, or open-instruct's, as
+each field says. Needs: a critic.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from llmac.core.masking import aggregation_weight
 from llmac.core.types import AllSum, Credit, Rollouts, Values, identity
 
 from .base import mean_over
@@ -25,11 +27,14 @@ class VAPO(PPO):
     """VAPO: PPO with decoupled, length-adaptive GAE and a likelihood term on right answers.
 
         λ_policy(l) = 1 - 1/(lam_alpha · l),   λ_critic = 1
-        loss = PPO's, token mean  +  likelihood_coef · (1/N₊) Σ_{right responses} -log π_θ(a_t|s_t)
+        loss = PPO's  +  likelihood_coef · mean over right responses of -log π_θ(a_t|s_t)
 
-    N₊ counts the tokens of the whole step's right responses, on all ranks: no split of the rows
-    changes the gradient, and a minibatch without right responses only misses the term. With an
-    `aggregation` other than token_mean, the term is averaged as the loss is.
+    The mean is what `aggregation` means, taken over the right responses of the whole step, on all
+    ranks: token_mean, over their tokens; sequence_mean_token_mean, over these responses of the mean
+    of each; sequence_mean_token_sum, of the sum of each, and with _norm of that sum over the length
+    limit. No split of the rows into micro-batches and ranks changes the gradient. Of several
+    minibatches each has the share of the right responses it holds: one without only misses the
+    term.
     """
 
     group_size: int = 16
@@ -68,9 +73,14 @@ class VAPO(PPO):
             return credit
         right = credit.policy_mask & (rollouts.rewards.sum(-1) > self.correct_above)[:, None]
         everything, correct = sum_across(
-            torch.stack([credit.policy_mask.sum(), right.sum()]).float()
+            torch.stack(
+                [
+                    aggregation_weight(credit.policy_mask, self.aggregation),
+                    aggregation_weight(right, self.aggregation),
+                ]
+            )
         )
-        # The loss is divided by the number of all tokens, this term by that of the right ones.
+        # The loss is divided by all tokens, or responses; this term by the right ones among them.
         weight = self.likelihood_coef * everything / correct.clamp(min=1)
         return dataclasses.replace(
             credit,

@@ -49,6 +49,33 @@ def test_the_term_is_its_coefficient_times_the_mean_nll_of_right_tokens(rollouts
     assert torch.allclose(added.detach(), expected)
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        # every nll is 1: μ times the mean over the right row's tokens, or its sum, or its sum / H
+        ("token_mean", 0.1),
+        ("sequence_mean_token_mean", 0.1),
+        ("sequence_mean_token_sum", 0.1 * 2),
+        ("sequence_mean_token_sum_norm", 0.1 * 2 / 8),
+    ],
+)
+def test_the_coefficient_is_the_weight_of_the_mean_that_the_aggregation_takes(
+    aggregation, expected
+):
+    rollouts = known(old=[[-1.0] * 2, [-1.0] * 8, [-1.0] * 8], rewards=[1.0, 0.0, 0.0])
+    assert rollouts.length_limit == 8
+    with_term, without = (
+        loss_of(
+            card("vapo", aggregation=aggregation, likelihood_coef=mu),
+            rollouts,
+            rollouts.old_logprobs,
+        )
+        for mu in (0.1, 0.0)
+    )
+    added = (with_term.total - without.total) / with_term.weight
+    assert added.item() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [[1] * 12, [5, 7], [3, 3, 6]])
 def test_no_split_into_micro_batches_changes_the_gradient(sizes, rollouts):
     algorithm = card("vapo", likelihood_coef=0.5)
