@@ -37,14 +37,17 @@ class Stored:
     """Offline learning: every step replays stored responses with the rewards they have.
 
     All groups are seen once before any is seen again, each time in another order. The order depends
-    on nothing but the number of the pass, so where a run stands is two numbers. Siblings are rows
-    next to each other with the same prompt and group; they stay together. What the sampler, the
-    trained policy and the reference say of a response are three things, as ever: none is taken for
-    another because the response is old.
+    on nothing but `seed` and the number of the pass, so where a run stands is two numbers. Siblings
+    are rows next to each other with the same prompt and group; they stay together. What the
+    sampler, the trained policy and the reference say of a response are three things, as ever: none
+    is taken for another because the response is old.
     """
 
+    seed: int
+    """Of the run: another seed, other orders. 0 until `build` sets it."""
+
     def __init__(self, *, path: str, prompts_per_step: int, length_limit: int) -> None:
-        """Nothing is read: `build` sets `stored`.
+        """Nothing is read: `build` sets `stored`, and `seed`.
 
         Args:
             path: file of the rollouts.
@@ -54,6 +57,7 @@ class Stored:
         if prompts_per_step < 1:
             raise ValueError(f"prompts_per_step is at least 1; found {prompts_per_step}")
         self.path = path
+        self.seed = 0
         self._groups_per_step = prompts_per_step
         self._length_limit = length_limit
         self._stored: Sequence[Trajectory] | None = None
@@ -98,7 +102,7 @@ class Stored:
             engine: not asked.
             prompts: not asked.
             score: not asked.
-            seed: without effect: the order is the pass's own.
+            seed: of this step and rank, without effect: an order lasts for a whole pass.
             sum_across: not used.
 
         Returns:
@@ -146,7 +150,7 @@ class Stored:
     def _group(self, number: int) -> Group:
         done, place = divmod(number, len(self._groups))
         order = list(range(len(self._groups)))
-        random.Random(f"stored-{done}").shuffle(order)
+        random.Random(f"stored-{self.seed}-{done}").shuffle(order)
         return self._groups[order[place]]
 
     def _check(self, trajectory: Trajectory) -> None:

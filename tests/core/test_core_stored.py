@@ -39,9 +39,10 @@ def pairs(count):
     return [trajectory(p, p % 4) for p in range(count) for _ in range(2)]
 
 
-def plan(trajectories, *, groups=2, limit=4):
+def plan(trajectories, *, groups=2, limit=4, seed=0):
     made = Stored(path="r.parquet", prompts_per_step=groups, length_limit=limit)
     made.stored = trajectories
+    made.seed = seed
     return made
 
 
@@ -93,6 +94,22 @@ def test_a_restored_plan_goes_on_where_it_stood():
     first = plan(pairs(5))
     replay(first, steps=3)
     resumed = plan(pairs(5))
+    resumed.restore(first.state())
+    assert replay(resumed, steps=4) == straight[3:]
+
+
+def test_the_order_is_that_of_the_runs_seed():
+    orders = {tuple(seen(replay(plan(pairs(6), seed=seed), steps=3))) for seed in range(8)}
+    assert len(orders) > 4
+    again = [seen(replay(plan(pairs(6), seed=3), steps=6)) for _ in "ab"]
+    assert again[0] == again[1]
+
+
+def test_a_restored_plan_with_a_seed_goes_on_where_it_stood():
+    straight = replay(plan(pairs(5), seed=11), steps=7)
+    first = plan(pairs(5), seed=11)
+    replay(first, steps=3)
+    resumed = plan(pairs(5), seed=11)
     resumed.restore(first.state())
     assert replay(resumed, steps=4) == straight[3:]
 
