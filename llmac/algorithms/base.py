@@ -46,6 +46,9 @@ class Algorithm:
     default_critic: ClassVar[str | None] = None
     """Registry name of the critic the card needs; None: the card takes no values and refuses
     them."""
+    teaches_critic: ClassVar[bool] = True
+    """Whether `credit` has targets for a critic whose values it takes; False: that critic stays as
+    it is, and nothing reads how it would learn."""
 
     group_size: int = 8
     """Responses sampled for each prompt. Our choice and TRL's GRPO default."""
@@ -118,6 +121,14 @@ class Algorithm:
     def uses_values(self) -> bool:
         """Whether `credit` is given what the critic says."""
         return self.default_critic is not None
+
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether the `group_size` responses to a prompt are judged in the same step.
+
+        Otherwise siblings are no baseline: a critic that compares them would miss some.
+        """
+        return True
 
     @property
     def uses_reference(self) -> bool:

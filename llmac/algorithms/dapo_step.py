@@ -51,6 +51,7 @@ class DAPOStep(Algorithm):
     """
 
     default_critic: ClassVar[str | None] = "value_head"
+    teaches_critic: ClassVar[bool] = False
 
     beta: float = 0.1
     """β, unit of reward a nat: how much better than expected a step must be to become e times as
@@ -86,6 +87,11 @@ class DAPOStep(Algorithm):
         self._without_effect(
             "group_size", self.rollouts is not None, "stored responses have the groups they have"
         )
+
+    @property
+    def keeps_groups(self) -> bool:
+        """Where responses are sampled; stored ones have the siblings that their file has."""
+        return self.rollouts is None
 
     @property
     def uses_reference(self) -> bool:

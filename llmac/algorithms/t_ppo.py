@@ -68,6 +68,11 @@ class TPPO(PPO):
             "window then",
         )
 
+    @property
+    def keeps_groups(self) -> bool:
+        """False: siblings end in different steps."""
+        return False
+
     def plan(self, *, prompts_per_step: int, sampling: SamplingParams) -> RolloutPlan:
         """A window of tokens for each response, the unfinished carried over.
 

@@ -260,3 +260,25 @@ def test_the_entropy_bonus_pulls_towards_more_entropy(rollouts):
     loss = algorithm.policy_loss(rollouts.old_logprobs, rollouts, zero, entropy=entropy)
     (gradient,) = torch.autograd.grad(loss.total, entropy)
     assert torch.equal(gradient, -0.25 * rollouts.action_mask)
+
+
+@pytest.mark.parametrize("name", [n for n in ALGORITHMS if card(n).uses_values])
+def test_a_card_says_truly_whether_it_teaches_its_critic(name, rollouts):
+    algorithm = card(name)
+    memory = algorithm.memory()
+    remembered = {} if memory is None else {"memory": memory}
+    targets = algorithm.credit(rollouts, make_values(rollouts), **remembered).critic_targets
+    assert (targets is not None) == algorithm.teaches_critic
+    assert algorithm.teaches_critic == (name != "dapo_step")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "keeps"),
+    [
+        *((n, {}, True) for n in ALGORITHMS if n != "t_ppo"),
+        ("t_ppo", {}, False),
+        ("dapo_step", {"rollouts": "stored.parquet"}, False),
+    ],
+)
+def test_siblings_are_in_one_step_unless_responses_are_windowed_or_replayed(name, fields, keeps):
+    assert card(name, **fields).keeps_groups == keeps
