@@ -52,7 +52,7 @@ class CriticCredit(Algorithm):
     probability below `doubt_below`, 1 elsewhere (SAE, arXiv:2601.07320)."""
     lam_alpha: float = 0.05
     """Share of the response that the length rule's trace covers; λ is 0 up to 1/lam_alpha tokens.
-    .05 in VAPO, made for thousands of tokens."""
+    .05 in open-instruct and accounts of VAPO, made for thousands of tokens."""
     doubt_below: float = 0.2
     """Probability below which a token was in doubt. .2 in open-instruct."""
     critic_lam: float | None = None
@@ -62,9 +62,9 @@ class CriticCredit(Algorithm):
     """vtrace: advantages and targets are those of the trained policy although another, or an older
     one, sampled (IMPALA, arXiv:1802.01561): ratios π_old/μ weigh each step and cut the traces."""
     rho_max: float = 1.0
-    """V-trace: largest weight of a TD error and of an advantage. 1 in the paper."""
+    """V-trace: largest weight of a TD error and of an advantage. 1 is usual."""
     c_max: float = 1.0
-    """V-trace: largest weight of what a trace passes on. 1 in the paper, and at most rho_max."""
+    """V-trace: largest weight of what a trace passes on, at most rho_max. 1 is usual."""
     advantage_clip: float | None = None
     """Largest |Â| before whitening, unit of reward; the critic's targets are not clipped. None: no
     bound. The idea is AC-Flow's (arXiv:2510.18072), this form ours."""
@@ -73,8 +73,7 @@ class CriticCredit(Algorithm):
     TRL and OpenRLHF."""
     on_truncation: Literal["terminal", "bootstrap"] = "terminal"
     """V(s_T) of a response cut at the length limit. terminal: 0, the limit is part of the task
-    (verl, TRL, OpenRLHF); bootstrap: the critic's, the response would have gone on (T-PPO,
-    arXiv:2506.15050)."""
+    (verl, TRL, OpenRLHF); bootstrap: the critic's, the response would have gone on."""
     kl_estimator: Literal["k1", "k2", "k3", "k3+"] = "k1"
     """Per-token estimate of the KL. k1 in arXiv:1909.08593, TRL and OpenRLHF."""
     kl_placement: Literal["loss", "reward"] = "reward"

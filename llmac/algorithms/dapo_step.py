@@ -3,7 +3,8 @@
 Not the DAPO of arXiv:2503.14476, which is `dapo`. A critic that was fitted beforehand says what
 each reasoning step was worth, and the policy's log-ratio to the reference is regressed on that.
 Needs: a reference policy, and a critic fitted to outcomes before this run (`llmac value-pretrain`,
-then `critic: {name: value_head, init: <its folder>}`); an untrained one teaches its noise.
+then `critic: {name: value_head, init: <its folder>}`): a fresh one says the same everywhere, so
+that only the last step has an advantage, the outcome minus that constant.
 """
 
 import math

@@ -38,18 +38,19 @@ class VAPO(PPO):
     """
 
     group_size: int = 16
-    """Responses sampled for each prompt; the paper's: several attempts find what one misses."""
+    """Responses sampled for each prompt: several attempts find what one misses. 16 in accounts of
+    the paper."""
     lam_rule: Literal["fixed", "length", "doubt"] = "length"
-    """Where the policy's λ comes from. length: 1 - 1/(lam_alpha · tokens of the response), the
-    paper's; fixed: `lam`; doubt: `lam` before doubtful tokens, 1 elsewhere (SAE)."""
+    """Where the policy's λ comes from. length: 1 - 1/(lam_alpha · tokens of the response), VAPO's;
+    fixed: `lam`; doubt: `lam` before doubtful tokens, 1 elsewhere (SAE)."""
     critic_lam: float | None = 1.0
-    """GAE's λ for the critic's targets. 1, the paper's: the return itself, without bias from the
+    """GAE's λ for the critic's targets. 1, VC-PPO's: the return itself, without bias from the
     critic's own mistakes."""
     clip_high: float = 0.28
-    """A ratio above 1 + clip_high earns nothing more. The paper's, after DAPO."""
+    """A ratio above 1 + clip_high earns nothing more. DAPO's, and .28 in accounts of VAPO."""
     likelihood_coef: float = 0.1
-    """Weight μ of the mean negative log-likelihood of right responses' tokens. .1 in the paper; 0:
-    off."""
+    """Weight μ of the mean negative log-likelihood of right responses' tokens. .1 in accounts
+    of the paper; 0: off."""
     correct_above: float = 0.5
     """A response is right if the sum of its rewards, before any KL, is above this."""
 
