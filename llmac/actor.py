@@ -147,9 +147,14 @@ class Actor:
         """Inside, every weight is another one; afterwards all are what they were. For `prove_updates_arrive`."""
         return perturbed(self._learner.trained.inner, seed=0, rank=self._runtime.rank)
 
-    def hidden(self, rows: PackedRows) -> Tensor:
-        """The backbone's hidden vectors of a micro-batch, flattened [b * L, H], without gradient."""
-        [states] = self._learner.look(lambda m, r: m(r, hidden_only=True)[0], [rows])
+    def hidden(self, rows: PackedRows, *, beside_engine: bool = False) -> Tensor:
+        """The backbone's hidden vectors of a micro-batch, flattened [b * L, H], without gradient.
+
+        With `beside_engine` a colocated engine stays awake: for what is asked between an update and sampling.
+        """
+        [states] = self._learner.look(
+            lambda m, r: m(r, hidden_only=True)[0], [rows], beside_engine=beside_engine
+        )
         return states
 
     def save(self, directory: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,13 @@ def build(
         plan.prompt_values = critic.prompt_values
     memory, schedule = algorithm.memory(), _schedule(recipe)
     waits = schedule if schedule.warmup_explained is not None else None
-    for role, remembering in (("plan", plan), ("algorithm", memory), ("schedule", waits)):
+    for role, remembering, alike in (
+        ("plan", plan, False),
+        ("algorithm", memory, True),
+        ("schedule", waits, True),
+    ):
         if isinstance(remembering, Stateful):
-            roles[role] = Remembered(remembering, runtime)
+            roles[role] = Remembered(remembering, runtime, alike=alike)
     return Parts(
         algorithm=algorithm,
         memory=memory,
@@ -314,6 +319,7 @@ def _learners(
         model=recipe.model,
         policy=policy,
         policy_states=actor.hidden,
+        prompt_states=partial(actor.hidden, beside_engine=True),
         engine=engine,
         score=rewards,
         pad_id=pad_id,

@@ -25,6 +25,9 @@ class CriticBench:
     """The policy in training, for a shared trunk."""
     policy_states: HiddenStates
     """Its hidden vectors, without gradient, in the form in which it is trained (possibly in shards)."""
+    prompt_states: HiddenStates | None = None
+    """The same for prompts that are asked about before sampling, beside an engine that is awake; None:
+    `policy_states`."""
     engine: RolloutEngine
     """For critics that sample continuations."""
     score: Scorer

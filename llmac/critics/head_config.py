@@ -60,6 +60,7 @@ class HeadConfig(Optimization, ABC):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        super().__post_init__()
         low, high = self.reward_range
         refuse_unless(
             low < high, f"reward_range must be (smallest, largest), found ({low}, {high})"

@@ -147,7 +147,8 @@ class TransformerLearner:
             module.train()
             return chance
 
-        [chance] = self._learner.look(forward, [(known, outcomes, asked)])
+        # A plan asks just before it samples.
+        [chance] = self._learner.look(forward, [(known, outcomes, asked)], beside_engine=True)
         return chance
 
     def learn(self, record: PromptRecord) -> Metrics:

@@ -89,6 +89,7 @@ class PromptValueConfig(Optimization):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        super().__post_init__()
         low, high = self.reward_range
         if not low < high:
             raise ValueError(f"reward_range must be (failure, success), found ({low}, {high})")
@@ -151,7 +152,10 @@ class PromptValueConfig(Optimization):
             )
             return embedding, embedding.hidden_size
         trunk = TrunkStates(
-            bench.policy_states, bench.runtime, pad_id=bench.pad_id, max_tokens=tokens
+            bench.prompt_states or bench.policy_states,
+            bench.runtime,
+            pad_id=bench.pad_id,
+            max_tokens=tokens,
         )
         config = causal_lm(bench.policy.model).config
         return trunk, int(config.get_text_config().hidden_size)

@@ -426,35 +426,42 @@ def _fsync(directory: Path) -> None:
 
 
 class Remembered:
-    """A role for what remembers in plain data and knows no files: each rank has its own file."""
+    """A role for what remembers in plain data and knows no files."""
 
-    def __init__(self, what: Stateful, runtime: Runtime) -> None:
+    def __init__(self, what: Stateful, runtime: Runtime, *, alike: bool) -> None:
         """Nothing is read before `save`.
 
         Args:
             what: asked for its `state`.
             runtime: whose rank.
+            alike: all ranks remember the same, so that any number of them may continue; else each has its own file.
         """
         self._what = what
         self._runtime = runtime
+        self._alike = alike
 
     def save(self, directory: Path) -> None:
         """Write this rank's state."""
-        torch.save(self._what.state(), self._path(directory))
+        if self._runtime.is_main or not self._alike:
+            kept = {"ranks": self._runtime.world_size, "state": self._what.state()}
+            torch.save(kept, directory / self._file(self._runtime.rank))
 
     def load(self, directory: Path) -> None:
         """Continue from this rank's state.
 
         Raises:
-            CheckpointError: another number of ranks wrote the checkpoint.
+            CheckpointError: another number of ranks wrote the checkpoint, and each remembered something of its own.
         """
-        path = self._path(directory)
-        if not path.exists():
-            raise CheckpointError(
-                f"{directory} has no {path.name}: what each rank remembers cannot be spread over another number of "
-                "processes; continue with as many as wrote the checkpoint"
-            )
-        self._what.restore(torch.load(path, map_location="cpu", weights_only=True))
+        kept = torch.load(directory / self._file(0), map_location="cpu", weights_only=True)
+        if not self._alike:
+            if kept["ranks"] != self._runtime.world_size:
+                raise CheckpointError(
+                    f"{directory} was written by {kept['ranks']} processes, and here are {self._runtime.world_size}: "
+                    "what each remembers cannot be spread over another number; continue with as many as wrote it"
+                )
+            own = directory / self._file(self._runtime.rank)
+            kept = torch.load(own, map_location="cpu", weights_only=True)
+        self._what.restore(kept["state"])
 
-    def _path(self, directory: Path) -> Path:
-        return directory / f"rank-{self._runtime.rank}.pt"
+    def _file(self, rank: int) -> str:
+        return "everywhere.pt" if self._alike else f"rank-{rank}.pt"

@@ -42,6 +42,21 @@ class Optimization:
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this."""
 
+    def __post_init__(self) -> None:
+        """Refuse settings that AdamW would refuse later, or take for something else."""
+        low, high = self.betas
+        for name, holds, expected in (
+            ("lr", 0 < self.lr < math.inf, "finite and above 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "finite and at least 0"),
+            ("betas", 0 <= low < 1 and 0 <= high < 1, "each at least 0 and below 1"),
+            ("eps", 0 < self.eps < math.inf, "finite and above 0"),
+            ("max_grad_norm", self.max_grad_norm > 0, "above 0; .inf: gradients are not scaled"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {expected}, found {getattr(self, name)}")
+
     @classmethod
     def of(cls, settings: object) -> "Optimization":
         """Those of a recipe's section, which has fields of the same names."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llmac.errors import CheckpointError
-from llmac.runtime.checkpoint import CheckpointStore, RandomState
+from llmac.runtime.checkpoint import CheckpointStore, RandomState, Remembered
 from llmac.runtime.context import Runtime
 
 
@@ -306,3 +306,44 @@ def test_random_numbers_continue_where_they_stopped(runtime, tmp_path):
     assert draw() != expected
     state.load(tmp_path)
     assert draw() == expected
+
+
+class Notebook:
+    """Remembers one number."""
+
+    def __init__(self, number=0):
+        self.number = number
+
+    def state(self):
+        return {"number": self.number}
+
+    def restore(self, state):
+        self.number = state["number"]
+
+
+class Rank:
+    """One of several processes, as far as files go."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
+
+
+def test_what_ranks_remember_apart_comes_back_to_each_and_to_no_other_number_of_them(tmp_path):
+    for rank in (0, 1):
+        Remembered(Notebook(10 + rank), Rank(rank, 2), alike=False).save(tmp_path)
+    for rank in (0, 1):
+        again = Notebook()
+        Remembered(again, Rank(rank, 2), alike=False).load(tmp_path)
+        assert again.number == 10 + rank
+    for alone in (Rank(0, 1), Rank(2, 3)):
+        with pytest.raises(CheckpointError, match="was written by 2 processes, and here are"):
+            Remembered(Notebook(), alone, alike=False).load(tmp_path)
+
+
+def test_what_all_ranks_remember_alike_comes_back_to_any_number_of_them(tmp_path):
+    for rank in (0, 1):
+        Remembered(Notebook(7), Rank(rank, 2), alike=True).save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    again = Notebook()
+    Remembered(again, Rank(2, 3), alike=True).load(tmp_path)
+    assert again.number == 7
