@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmac.config.schema import DataConfig, Recipe
 from llmac.config.surroundings import (
+    check_cards,
     check_data_paths,
     check_models,
     check_output,
@@ -36,6 +37,7 @@ def check(recipe: Recipe) -> Iterator[Finding]:
     """Findings in the order a run would meet them. Nothing is downloaded and no model is loaded."""
     tokenizer: list[PreTrainedTokenizerBase] = []
     yield _look("output folder", lambda: check_output(recipe))
+    yield _look("cards", lambda: check_cards(recipe))
     rewards = _look("reward functions", lambda: check_rewards(recipe))
     yield rewards
     folders = _look("models", lambda: check_models(recipe))

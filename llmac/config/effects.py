@@ -168,6 +168,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         and recipe.model.lora is None
     ):  # cards differ
         yield "critic.lora takes its sizes from model.lora, which is not set; set model.lora, or critic.lora: false"
+    yield from _plan_that_cannot_be(recipe)
     yield from _critic_that_does_not_fit(recipe)
     for index, function in enumerate(recipe.reward.functions):
         if (function.path is None) == (function.model is None):
@@ -179,6 +180,16 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                 f"{name}.prompt and {name}.prompt_column both say what the prompt is; keep the template or the column"
             )
     yield from _same_names(recipe)
+
+
+def _plan_that_cannot_be(recipe: Recipe) -> Iterator[str]:
+    from llmac.core.protocols import SamplingParams  # not light
+
+    sampling = SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens)
+    try:
+        recipe.algorithm.settings.plan(prompts_per_step=1, sampling=sampling)
+    except ValueError as error:
+        yield f"algorithm {recipe.algorithm.name}: {error}"
 
 
 def _critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:

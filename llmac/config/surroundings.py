@@ -19,7 +19,7 @@ def verify(recipe: Recipe) -> None:
         ConfigError: all findings together.
     """
     problems: list[str] = []
-    for check in (check_output, check_models, check_data_paths, check_rewards):
+    for check in (check_output, check_models, check_cards, check_data_paths, check_rewards):
         try:
             check(recipe)
         except ConfigError as error:
@@ -60,6 +60,16 @@ def check_models(recipe: Recipe) -> str:
         elif looks_local(name):
             raise ConfigError(f"{key}: there is no folder {name} (looked in {Path.cwd()})")
     return "local model folders exist"
+
+
+def check_cards(recipe: Recipe) -> str:
+    """What algorithm and critic start from exists, where its name looks local: stored responses, weights."""
+    for room, choice in (("algorithm", recipe.algorithm), ("critic", recipe.critic)):
+        for key in ("rollouts", "init", "embedding"):
+            name = getattr(choice and choice.settings, key, None)  # cards differ in fields
+            if name and looks_local(name) and not Path(name).expanduser().exists():
+                raise ConfigError(f"{room}.{key}: there is no {name} (looked in {Path.cwd()})")
+    return "what algorithm and critic start from exists"
 
 
 def check_data_paths(recipe: Recipe) -> str:

@@ -181,6 +181,18 @@ def test_a_critic_of_siblings_needs_siblings(ppo):
     load_recipe(ppo, ["critic=leave_one_out", "algorithm.group_size=2"])
 
 
+def test_a_plan_that_cannot_be_is_refused_with_the_recipe(settings):
+    message = refusal(settings, "algorithm=t_ppo", "algorithm.window_tokens=999")
+    assert "algorithm t_ppo: " in message
+    assert "999" in message
+
+
+def test_critic_settings_are_checked_like_the_actors(ppo):
+    assert "betas must be each at least 0 and below 1" in refusal(ppo, "critic.betas=[2, 2]")
+    assert "lr must be finite and above 0, found -1.0" in refusal(ppo, "critic.lr=-1")
+    assert "max_grad_norm must be above 0" in refusal(ppo, "critic.max_grad_norm=-1")
+
+
 def test_critic_lora_needs_the_policys_lora(ppo):
     assert "critic.lora takes its sizes from model.lora" in refusal(ppo, "critic.lora=true")
     load_recipe(ppo, ["critic.lora=true", "model.lora.r=8"])
