@@ -137,7 +137,11 @@ class CriticCredit(Algorithm):
         # Before clipping and whitening: targets are in the unit of the rewards.
         value_mask = starts & self.taught(rollouts)
         targets = CriticTargets(
-            returns=returns.masked_fill(~value_mask, 0.0), value_mask=value_mask, old_values=at
+            returns=returns.masked_fill(~value_mask, 0.0),
+            value_mask=value_mask,
+            old_values=at,
+            gamma=self.gamma,
+            bootstraps=self.bootstraps(rollouts),
         )
         if self.advantage_clip is not None:
             outside = advantages.abs() > self.advantage_clip
@@ -211,9 +215,13 @@ class CriticCredit(Algorithm):
 
     def bootstrap(self, rollouts: Rollouts, values: Values) -> Float[Tensor, "B"]:
         """V(s_T) as the card takes it."""
+        return values.bootstrap.where(self.bootstraps(rollouts), 0.0)
+
+    def bootstraps(self, rollouts: Rollouts) -> Bool[Tensor, "B"]:
+        """Rows behind whose last token the critic's value stands."""
         if self.on_truncation == "terminal":
-            return torch.zeros_like(values.bootstrap)
-        return values.bootstrap
+            return torch.zeros_like(rollouts.truncated)
+        return rollouts.truncated
 
     def policy_lam(
         self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]

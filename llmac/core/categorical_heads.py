@@ -143,7 +143,8 @@ class C51:
     """The distribution of the return by bootstrapping, `lambda_distributions`, from what the head itself says.
 
     Learns from the scored rewards and not from the algorithm's returns, whose mean is all they have:
-    a KL penalty in the rewards is not seen. Truncated responses are bootstrapped.
+    a KL penalty in the rewards is not seen. Discount and what stands behind a cut response are the
+    algorithm's.
     """
 
     kind: ClassVar[str] = "c51"
@@ -153,7 +154,6 @@ class C51:
     high: float = 1.0
     bins: int = 51
     """Atoms, ends included."""
-    gamma: float = 1.0
     lam: float = 0.95
 
     @property
@@ -176,9 +176,9 @@ class C51:
             raw.detach().softmax(dim=-1),
             lesson.rewards,
             lesson.mask,
-            lesson.truncated,
+            lesson.bootstraps,
             torch.linspace(self.low, self.high, self.bins),
-            gamma=self.gamma,
+            gamma=lesson.gamma,
             lam=self.lam,
         )
         return Learned(per_token=cross_entropy(raw[:, :-1], wanted), shares={OUTSIDE: outside})

@@ -156,6 +156,10 @@ class CriticTargets:
     value_mask: Bool[Tensor, "B T"]
     old_values: Float[Tensor, "B T"]
     """What it said at collection: the centre of value clipping."""
+    gamma: float = 1.0
+    """Discount from one asked state to the next, as it is in the returns."""
+    bootstraps: Bool[Tensor, "B"] | None = None
+    """Rows whose returns contain the critic's value behind the last token; None: the truncated ones."""
 
     def rows(self, index: Int[Tensor, "R"], width: int) -> "CriticTargets":
         """The given rows, cut to `width` tokens."""

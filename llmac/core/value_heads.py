@@ -39,7 +39,10 @@ class Lesson:
     mask: Bool[Tensor, "B T"]
     rewards: Float[Tensor, "B T"]
     """As scored, for heads that predict more of the return than its mean."""
-    truncated: Bool[Tensor, "B"]
+    bootstraps: Bool[Tensor, "B"]
+    """Rows whose returns contain the value behind the last token."""
+    gamma: float = 1.0
+    """Discount from one state that counts to the next, as it is in the returns."""
     unit: float = 1.0
     """What one unit of error is, in units of reward: the spread of the returns, where they are normalised."""
 

@@ -101,8 +101,6 @@ class C51Config(SupportedHeadConfig):
 
     bins: int = 51
     """Atoms, at least 2 (C51: 51)."""
-    gamma: float = 1.0
-    """Discount of one asked state; should be the algorithm's."""
     lam: float = 0.95
     """Share of the sampled return against the critic's own distribution at each state: 0 is C51's one step, 1 is
     `two_hot`."""
@@ -110,8 +108,12 @@ class C51Config(SupportedHeadConfig):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        for name, share in (("gamma", self.gamma), ("lam", self.lam)):
-            refuse_unless(0 <= share <= 1, f"{name} must lie in [0, 1], found {share}")
+        refuse_unless(0 <= self.lam <= 1, f"lam must lie in [0, 1], found {self.lam}")
+        refuse_unless(
+            self.target_tau is None,
+            f"target_tau must be null for c51, found {self.target_tau}: it bootstraps from the distribution the critic "
+            "itself says while it learns, and a slow copy would never be asked for it",
+        )
         low, high = self.range
         refuse_unless(
             low <= 0 <= high,
@@ -121,7 +123,7 @@ class C51Config(SupportedHeadConfig):
     def head(self) -> C51:
         """A bootstrapped distribution."""
         low, high = self.range
-        return C51(low=low, high=high, bins=self.bins, gamma=self.gamma, lam=self.lam)
+        return C51(low=low, high=high, bins=self.bins, lam=self.lam)
 
 
 @dataclass(frozen=True, kw_only=True)

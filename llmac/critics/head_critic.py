@@ -226,12 +226,14 @@ class HeadCritic:
     def _loss(self, raw: Tensor, rollouts: Rollouts, targets: CriticTargets) -> Loss:
         spec, mask = self._model.spec, targets.value_mask
         scale = self._model.head.scale
+        bootstraps = rollouts.truncated if targets.bootstraps is None else targets.bootstraps
         lesson = Lesson(
             returns=targets.returns.to(raw.device),
             old_values=targets.old_values.to(raw.device),
             mask=mask.to(raw.device),
             rewards=rollouts.rewards.to(raw.device),
-            truncated=rollouts.truncated.to(raw.device),
+            bootstraps=bootstraps.to(raw.device),
+            gamma=targets.gamma,
             unit=1.0 if scale is None else float(scale),
         )
         if self._config.learns_together:

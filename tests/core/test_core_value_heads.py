@@ -45,7 +45,7 @@ def lesson(returns, *, old=None, unit=1.0):
         old_values=returns if old is None else torch.tensor([old]),
         mask=torch.ones_like(returns, dtype=torch.bool),
         rewards=rewards,
-        truncated=torch.tensor([False]),
+        bootstraps=torch.tensor([False]),
         unit=unit,
     )
 
@@ -235,3 +235,19 @@ def test_an_even_start_is_known_from_the_atoms_alone():
     torch.testing.assert_close(
         TwoHot(bins=3).start(0.25), even_with_mean(0.25, torch.tensor([0.0, 0.5, 1.0]))
     )
+
+
+@pytest.mark.parametrize("bootstraps", [False, True])
+def test_c51_puts_behind_a_cut_response_what_the_returns_put_there(bootstraps):
+    raw = torch.randn(1, 2, 5, generator=torch.Generator().manual_seed(0))
+    about = dataclasses.replace(lesson([0.0]), bootstraps=torch.tensor([bootstraps]), gamma=1.0)
+    loss = C51(bins=5, lam=1.0).learn(raw, about).per_token[0, 0]
+    behind = raw[0, 1].softmax(-1) if bootstraps else torch.eye(5)[0]
+    torch.testing.assert_close(loss, -(behind * raw[0, 0].log_softmax(-1)).sum())
+
+
+def test_c51_discounts_as_the_returns_do():
+    raw = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0))
+    about = dataclasses.replace(lesson([0.5, 1.0]), gamma=0.5)
+    loss = C51(bins=5, lam=1.0).learn(raw, about).per_token[0]
+    torch.testing.assert_close(loss, -raw[0, :2].log_softmax(-1)[[0, 1], [2, 4]])

@@ -233,7 +233,6 @@ def test_the_default_support_of_hl_gauss_is_the_recipe_at_any_scale():
         ("two_hot", {"reward_range": (0.0, 2.0), "support": (0.0, 1.0)}, "must cover"),
         ("c51", {"reward_range": (1.0, 2.0)}, "must contain 0"),
         ("c51", {"lam": 1.5}, r"lam must lie in \[0, 1\], found 1.5"),
-        ("c51", {"gamma": -0.1}, "gamma must lie"),
         ("quantile", {"quantiles": 1}, "quantiles must be at least 2"),
         ("quantile", {"kappa": -1.0}, "kappa must not be negative"),
         ("gaussian", {"smallest_deviation": 0.0}, "smallest_deviation must lie"),

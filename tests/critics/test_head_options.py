@@ -6,15 +6,16 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from llmac.core.types import CriticTargets
-from llmac.critics.distribution_heads import HLGaussConfig
+from llmac.core.types import CriticTargets, Finish
+from llmac.critics.distribution_heads import C51Config, HLGaussConfig
 from llmac.critics.value_head import ValueHeadConfig
 from llmac.errors import ConfigError
 from llmac.models.policy import TokenPolicy
 from llmac.models.value_heads import build_head, normalize
 from llmac.runtime.context import Runtime
+from tests.algorithms.making import card
 
-from .making import CONFIG, Model, asked, bench, live, rollouts_of, rows, taught
+from .making import CONFIG, Model, asked, bench, live, rollouts_of, rows, taught, trajectory
 
 
 @pytest.fixture
@@ -255,3 +256,38 @@ def test_no_gradient_reaches_a_trunk_that_is_shared_and_detached(settings, runti
     assert all(p.grad is None for p in policy.parameters())
     after = list(critic._model.head.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def taught_by(algorithm, critic, rollouts, times):
+    """The values after some steps towards the targets of an algorithm."""
+    for _ in range(times):
+        credit = algorithm.credit(rollouts, asked(critic, rollouts))
+        critic.update(rollouts, credit.critic_targets)
+    return asked(critic, rollouts)
+
+
+def test_c51_learns_what_the_algorithm_says_of_a_cut_response(runtime):
+    cut = rollouts_of([trajectory([3, 5, 6], 0.0, Finish.LENGTH)] * 3)
+    after = {}
+    for rule in ("terminal", "bootstrap"):
+        critic = live(C51Config(lr=1e-2), runtime)
+        asked(critic, rollouts_of(rows()))  # the head starts at .4
+        ppo = card("ppo", whiten_advantages=False, on_truncation=rule)
+        after[rule] = taught_by(ppo, critic, cut, 60).at[0, :3]
+    assert float(after["terminal"].max()) < 0.05
+    # Nothing is ever seen behind the limit: what the head says there holds itself up.
+    assert float(after["bootstrap"].min()) > 0.1
+
+
+def test_c51_learns_discounted_values(runtime):
+    won = rollouts_of([trajectory([3, 5, 6], 1.0)] * 3)
+    critic = live(C51Config(lr=1e-2), runtime)
+    asked(critic, rollouts_of(rows()))
+    ppo = card("ppo", gamma=0.5, whiten_advantages=False)
+    values = taught_by(ppo, critic, won, 80)
+    assert values.at[0, :3].tolist() == pytest.approx([0.25, 0.5, 1.0], abs=0.05)
+
+
+def test_c51_has_no_target_network_since_it_would_not_ask_it():
+    with pytest.raises(ValueError, match=r"target_tau must be null for c51, found 0\.05"):
+        C51Config(target_tau=0.05)
