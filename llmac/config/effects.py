@@ -69,8 +69,10 @@ IDLE = (
     ),
     Idle(
         ("run.critic_warmup_steps", "run.critic_warmup_explained", "run.policy_every"),
-        lambda recipe: not recipe.algorithm.settings.uses_values,
-        "the algorithm uses no critic; remove it, or choose an algorithm that has one, for example ppo",
+        lambda recipe: (
+            not (recipe.algorithm.settings.uses_values and recipe.algorithm.settings.teaches_critic)
+        ),
+        "the algorithm uses no critic, or teaches none; remove it, or choose one that does, for example ppo",
     ),
     Idle(
         ("run.project",),
@@ -206,6 +208,11 @@ def _critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:
         yield (
             f"critic {critic.name} compares siblings: algorithm.group_size must be at least {least}, found "
             f"{card.group_size}"
+        )
+    if critic is not None and least > 1 and not card.keeps_groups:
+        yield (
+            f"critic {critic.name} compares siblings, and {recipe.algorithm.name} does not judge them in one step; "
+            "choose another critic, or another algorithm"
         )
 
 

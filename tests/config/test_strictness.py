@@ -179,6 +179,8 @@ def test_a_critic_of_siblings_needs_siblings(ppo):
         "critic leave_one_out compares siblings: algorithm.group_size must be at least 2" in message
     )
     load_recipe(ppo, ["critic=leave_one_out", "algorithm.group_size=2"])
+    windows = refusal(ppo, "algorithm=t_ppo", "algorithm.group_size=2", "critic=leave_one_out")
+    assert "t_ppo does not judge them in one step" in windows
 
 
 def test_a_plan_that_cannot_be_is_refused_with_the_recipe(settings):
