@@ -433,15 +433,13 @@ class GroupCredit(Algorithm):
     allocation: Literal["equal", "failures", "mixed"] = "equal"
     """How the responses of a step, group_size a prompt on average, are divided: equal; failures:
     the most expected failures that have a successful sibling (reported of V_0, arXiv:2602.03584);
-    mixed: the most groups in which rewards differ. Both ask the critic what prompts are worth."""
+    mixed: the most groups in which rewards differ. Both ask the critic what prompts are worth, as a
+    chance between the ends of its `reward_range`."""
     min_responses: int = 2
     """Least responses to a prompt when they are divided. Our choice: the fewest that compare."""
     max_responses: int | None = None
     """Most responses to a prompt when they are divided; None: four times group_size. Our choice:
     without it, failures may give the hardest prompt nearly all."""
-    reward_range: tuple[float, float] = (0.0, 1.0)
-    """Outcome of a failure and of a success when responses are divided: what makes the value of a
-    prompt a chance."""
 
     def __post_init__(self) -> None:
         """Refuse groups without siblings, and two ways to deal with prompts that teach nothing."""
@@ -455,7 +453,7 @@ class GroupCredit(Algorithm):
         self._without_effect(
             "max_sampling_rounds", not self.dynamic_sampling, "set dynamic_sampling to true"
         )
-        for name in ("min_responses", "max_responses", "reward_range"):
+        for name in ("min_responses", "max_responses"):
             self._without_effect(
                 name, self.allocation == "equal", "set allocation to failures or mixed"
             )
@@ -475,8 +473,6 @@ class GroupCredit(Algorithm):
             most is None or most >= self.group_size,
             f"None, or at least group_size, {self.group_size}",
         )
-        low, high = self.reward_range
-        self._require("reward_range", -math.inf < low < high < math.inf, "(lower, higher)")
 
     @property
     def wanted_critic(self) -> str | None:
@@ -493,7 +489,6 @@ class GroupCredit(Algorithm):
                 utility=self.allocation,
                 min_responses=self.min_responses,
                 max_responses=self.max_responses or 4 * self.group_size,
-                reward_range=self.reward_range,
             )
         if not self.dynamic_sampling:
             return super().plan(prompts_per_step=prompts_per_step, sampling=sampling)

@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmac.core.budget import UTILITIES, Utility, allocate
-from llmac.core.measures import Max, Mean, Measure
+from llmac.core.measures import Max, Mean, Measure, Sum
 from llmac.core.plans import Flat
 from llmac.core.protocols import PromptSource, RolloutEngine, Scorer
 from llmac.core.types import AllSum, Prompt, Trajectory, identity
 
 _ROUNDING = 1e-4
+"""How far from 0 and 1 a chance is not yet worth counting."""
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,8 @@ class Budgeted:
     max_responses: int
     """And at most as many."""
     reward_range: tuple[float, float] = (0.0, 1.0)
-    """Outcome of a failure and of a success."""
+    """Outcome of a failure and of a success, the critic's: what makes the value of a prompt a
+    chance. Set when the run is built (`AsksPromptValues`)."""
     prompt_values: Callable[[Sequence[Prompt]], Float[Tensor, "N"]] | None = field(
         default=None, compare=False
     )
@@ -81,13 +83,15 @@ class Budgeted:
             metrics:
                 `rollout/group_size_max`: responses in the largest group;
                 `rollout/budget_gain`: expected utility of the step, as a multiple of that of equal
-                groups.
+                groups;
+                `rollout/prompt_values_clipped`: prompts whose value is outside `reward_range`, and
+                counts as its nearer end.
 
         Raises:
-            ValueError: nobody says what prompts are worth, or the values are no chances.
+            ValueError: nobody says what prompts are worth, or a value is NaN.
         """
         taken = prompts.take(self.flat.prompts_per_step)
-        chance = self._chances(taken)
+        chance, clipped = self._chances(taken)
         sizes = allocate(
             chance,
             self.flat.group_size * len(taken),
@@ -102,9 +106,11 @@ class Budgeted:
         return [trajectory for group in groups for trajectory in group], {
             "rollout/group_size_max": Max(float(sizes.max())),
             "rollout/budget_gain": Mean(of(sizes.double(), chance).sum(), of(equal, chance).sum()),
+            "rollout/prompt_values_clipped": Sum(clipped),
         }
 
-    def _chances(self, prompts: Sequence[Prompt]) -> Tensor:
+    def _chances(self, prompts: Sequence[Prompt]) -> tuple[Float[Tensor, "N"], float]:
+        """Of success, each in [0, 1], and how many of them had to be brought there."""
         if self.prompt_values is None:
             raise ValueError(
                 "the responses of a step are divided by what prompts are worth, and the run has no "
@@ -113,12 +119,12 @@ class Budgeted:
         low, high = self.reward_range
         values = self.prompt_values(prompts).double()
         chance = (values - low) / (high - low)
-        outside = ~((chance >= -_ROUNDING) & (chance <= 1 + _ROUNDING))
-        if outside.any():
-            worst = int(outside.nonzero()[0])
+        if chance.isnan().any():
+            worst = int(chance.isnan().nonzero()[0])
             raise ValueError(
-                f"the value of a prompt must be between the outcomes of a failure and a success, "
-                f"{low} and {high}, and prompt {prompts[worst].id} has {values[worst].item():.4g}; "
-                "set reward_range of the algorithm as that of the critic"
+                f"the value of a prompt must be a number, and that of prompt {prompts[worst].id} is "
+                "NaN; the critic has diverged, or was taught a reward that is: look at critic/* and "
+                "reward/* of the steps before"
             )
-        return chance.clamp(0.0, 1.0)
+        outside = (chance < -_ROUNDING) | (chance > 1 + _ROUNDING)
+        return chance.clamp(0.0, 1.0), float(outside.sum())

@@ -109,13 +109,31 @@ def test_bounds_are_kept():
     assert 3 <= int(sizes.min()) <= int(sizes.max()) <= 10
 
 
-def test_without_a_critic_or_with_another_scale_it_is_said_so():
+@pytest.mark.parametrize(
+    ("values", "reward_range", "clipped"),
+    [
+        ((0.05, 0.5, 0.95), (0.0, 1.0), 0),
+        ((-0.2, 0.5, 1.4), (0.0, 1.0), 2),  # a length penalty, a bonus
+        ((0.0, 0.0, 0.0), (1.0, 5.0), 3),  # a running mean before its first outcome
+        ((-float("inf"), 0.0, 1e-6 + 1.0), (0.0, 1.0), 1),
+    ],
+)
+def test_values_outside_the_range_count_as_its_ends_and_are_reported(values, reward_range, clipped):
+    low, high = reward_range
+    found, expected = plan(values=values), plan(values=[min(max(v, low), high) for v in values])
+    found.reward_range = expected.reward_range = reward_range  # as build sets it
+    trajectories, metrics = found.rollout(Engine(), Prompts(), score, seed=0)
+    assert trajectories == expected.rollout(Engine(), Prompts(), score, seed=0)[0]
+    assert metrics["rollout/prompt_values_clipped"].value == clipped
+
+
+def test_without_a_critic_or_with_one_that_is_broken_it_is_said_so():
     with pytest.raises(
         ValueError, match=r"set critic: \{name: prompt_value\}, or allocation: equal"
     ):
         dataclasses.replace(plan(), prompt_values=None).rollout(Engine(), Prompts(), score, seed=0)
-    with pytest.raises(ValueError, match=r"0\.0 and 1\.0, and prompt p1 has -0\.5"):
-        plan(values=(0.5, -0.5)).rollout(Engine(), Prompts(), score, seed=0)
+    with pytest.raises(ValueError, match="that of prompt p1 is NaN"):
+        plan(values=(0.5, float("nan"))).rollout(Engine(), Prompts(), score, seed=0)
 
 
 @pytest.mark.parametrize(
