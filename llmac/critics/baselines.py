@@ -25,6 +25,7 @@ from llmac.critics.outcomes import (
     prompt_outcomes,
     remaining,
 )
+from llmac.critics.refusals import refuse_range
 from llmac.runtime.context import Runtime
 
 _FILE = "running_mean.json"
@@ -33,6 +34,9 @@ _FILE = "running_mean.json"
 @dataclass(frozen=True, kw_only=True)
 class GroupMeanConfig:
     """The mean outcome of all responses to the prompt, the one that is judged included."""
+
+    least_group_size: ClassVar[int] = 2
+    """Responses to a prompt that it needs: one alone would be compared with itself."""
 
     def build(self, bench: CriticBench) -> "GroupMean":
         """The live critic."""
@@ -67,9 +71,7 @@ class RunningMeanConfig:
         """Refuse an average that never moves, or beyond what it sees."""
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate must be above 0 and at most 1, found {self.rate}")
-        low, high = self.reward_range
-        if not low < high:
-            raise ValueError(f"reward_range must be (smallest, largest), found ({low}, {high})")
+        refuse_range("reward_range", self.reward_range, "smallest, largest")
 
     def build(self, bench: CriticBench) -> "RunningMean":
         """The live critic."""

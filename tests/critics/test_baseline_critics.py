@@ -1,6 +1,7 @@
 """Critics without parameters: the baselines of GRPO and RLOO, and a memory for prompts."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from llmac.core.segments import every_token
 from llmac.core.types import Finish
 from llmac.critics.baselines import (
     GroupMean,
+    GroupMeanConfig,
     LeaveOneOut,
+    LeaveOneOutConfig,
     RunningMean,
     RunningMeanConfig,
 )
@@ -249,8 +252,14 @@ def test_foresight_is_ranking_within_the_step():
         ({"rate": 0.0}, "rate must be above 0"),
         ({"rate": 1.1}, "rate must be above 0 and at most 1, found 1.1"),
         ({"reward_range": (1.0, 1.0)}, "reward_range must be"),
+        ({"reward_range": (0.0, math.inf)}, "reward_range must be"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RunningMeanConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [GroupMeanConfig, LeaveOneOutConfig])
+def test_a_baseline_of_siblings_asks_for_a_sibling(settings):
+    assert settings().least_group_size == 2
