@@ -254,7 +254,8 @@ class Gaussian:
         """μ such that the value is the mean."""
         above = self.first_deviation - self.smallest_deviation
         return torch.tensor(
-            [mean + self.pessimism * self.first_deviation, math.log(math.expm1(above))]
+            # log(exp(above) - 1), for any width
+            [mean + self.pessimism * self.first_deviation, above + math.log(-math.expm1(-above))]
         )
 
     def learn(self, raw: Float[Tensor, "B S 2"], lesson: Lesson) -> Learned:

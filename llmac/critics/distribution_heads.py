@@ -6,7 +6,8 @@ from typing import Literal
 
 from llmac.core.categorical_heads import C51, HLGauss, OutcomeClasses, TwoHot
 from llmac.core.value_heads import Bernoulli, Gaussian, Quantile
-from llmac.critics.head_config import HeadConfig, refuse_unless
+from llmac.critics.head_config import HeadConfig
+from llmac.critics.refusals import refuse_range, refuse_unless
 
 MARGIN = 0.1
 """Of an HL-Gauss support beyond `reward_range`, on either side, as a fraction of its width."""
@@ -38,7 +39,7 @@ class SupportedHeadConfig(HeadConfig):
         super().__post_init__()
         refuse_unless(self.bins >= 2, f"bins must be at least 2, found {self.bins}")
         (low, high), (smallest, largest) = self.range, self.reward_range
-        refuse_unless(low < high, f"support must be (smallest, largest), found ({low}, {high})")
+        refuse_range("support", (low, high), "smallest, largest")
         refuse_unless(
             low <= smallest and largest <= high,
             f"support must cover reward_range ({smallest}, {largest}), found ({low}, {high}); widen support, or set "
@@ -69,6 +70,12 @@ class HLGaussConfig(SupportedHeadConfig):
         refuse_unless(
             self.sigma is None or self.sigma > 0,
             f"sigma must be positive or null ({BINS_A_SIGMA} bins), found {self.sigma}",
+        )
+        low, high = self.range
+        refuse_unless(
+            self.sigma is None or self.sigma <= high - low,
+            f"sigma must be at most the width of the support, {high - low}, found {self.sigma}: all returns would look "
+            "alike",
         )
 
     @property

@@ -9,6 +9,7 @@ from llmac.core.value_heads import Head
 from llmac.critics.bench import CriticBench
 from llmac.critics.head_critic import HeadCritic
 from llmac.critics.head_start import starting_model
+from llmac.critics.refusals import refuse_infinite, refuse_range, refuse_unless
 from llmac.critics.target_network import TargetNetwork
 from llmac.errors import ConfigError
 from llmac.models.loading import torch_dtype, train_in_full_mode
@@ -61,10 +62,9 @@ class HeadConfig(Optimization, ABC):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        low, high = self.reward_range
-        refuse_unless(
-            low < high, f"reward_range must be (smallest, largest), found ({low}, {high})"
-        )
+        super().__post_init__()
+        refuse_range("reward_range", self.reward_range, "smallest, largest")
+        refuse_infinite(self)
         refuse_unless(self.epochs >= 1, f"epochs must be at least 1, found {self.epochs}")
         refuse_unless(
             self.minibatches is None or self.minibatches >= 1,
@@ -220,13 +220,3 @@ class HeadConfig(Optimization, ABC):
                 "critic.normalize: popart rewrites the head's weights, and this run cuts them and the optimizer's "
                 "copies into shards; set normalize: running, or launch with recipes/accelerate/ddp.yaml"
             )
-
-
-def refuse_unless(holds: bool, message: str) -> None:
-    """What a card's `__post_init__` says of a setting that cannot work.
-
-    Raises:
-        ValueError: it does not hold.
-    """
-    if not holds:
-        raise ValueError(message)

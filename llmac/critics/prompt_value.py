@@ -28,6 +28,7 @@ from llmac.critics.in_context import (
 from llmac.critics.outcomes import foresight, prompt_outcomes, remaining
 from llmac.critics.prompt_record import PromptRecord
 from llmac.critics.prompt_states import EmbeddingStates, Pooling, PromptStates, TrunkStates
+from llmac.critics.refusals import refuse_infinite, refuse_range
 from llmac.models.policy import causal_lm
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
@@ -90,9 +91,9 @@ class PromptValueConfig(Optimization):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        low, high = self.reward_range
-        if not low < high:
-            raise ValueError(f"reward_range must be (failure, success), found ({low}, {high})")
+        super().__post_init__()
+        refuse_range("reward_range", self.reward_range, "failure, success")
+        refuse_infinite(self)
         for name in ("context", "queries", "updates", "history"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")

@@ -22,8 +22,8 @@ from llmac.core.types import CriticTargets, Loss, Rollouts, Values
 from llmac.core.value_heads import OUTSIDE, inside
 from llmac.core.value_losses import binary_cross_entropy
 from llmac.critics.bench import CriticBench
-from llmac.critics.head_config import refuse_unless
 from llmac.critics.outcomes import mean_outcome
+from llmac.critics.refusals import refuse_range, refuse_unless
 from llmac.errors import CheckpointError
 from llmac.models.packing import minibatch_rows
 from llmac.runtime.context import Runtime
@@ -57,8 +57,8 @@ class SurpriseConfig(Optimization):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        low, high = self.reward_range
-        refuse_unless(low < high, f"reward_range must be (failure, success), found ({low}, {high})")
+        super().__post_init__()
+        refuse_range("reward_range", self.reward_range, "failure, success")
         for name in ("width", "epochs", "minibatches"):
             found = getattr(self, name)
             refuse_unless(found >= 1, f"{name} must be at least 1, found {found}")

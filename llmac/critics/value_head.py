@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmac.core.value_heads import Scalar
-from llmac.critics.head_config import HeadConfig, refuse_unless
+from llmac.critics.head_config import HeadConfig
+from llmac.critics.refusals import refuse_unless
 
 
 @dataclass(frozen=True, kw_only=True)

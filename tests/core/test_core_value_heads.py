@@ -251,3 +251,11 @@ def test_c51_discounts_as_the_returns_do():
     about = dataclasses.replace(lesson([0.5, 1.0]), gamma=0.5)
     loss = C51(bins=5, lam=1.0).learn(raw, about).per_token[0]
     torch.testing.assert_close(loss, -raw[0, :2].log_softmax(-1)[[0, 1], [2, 4]])
+
+
+@pytest.mark.parametrize("width", [1e-3, 1.0, 2000.0, 1e6])
+def test_a_gaussian_head_starts_on_any_width_of_returns(width):
+    head = Gaussian(smallest_deviation=0.05 * width, first_deviation=0.5 * width)
+    raw = head.start(0.3 * width)
+    assert float(head.decode(raw)) == pytest.approx(0.3 * width)
+    assert float(head.deviation(raw)) == pytest.approx(0.5 * width)

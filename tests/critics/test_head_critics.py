@@ -1,6 +1,7 @@
 """Every head and ensemble: calm at step 0, learns what it is shown, and is the same after saving."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -228,6 +229,17 @@ def test_the_default_support_of_hl_gauss_is_the_recipe_at_any_scale():
     [
         ("hl_gauss", {"bins": 1}, "bins must be at least 2, found 1"),
         ("hl_gauss", {"sigma": 0.0}, "sigma must be positive"),
+        ("hl_gauss", {"sigma": math.inf}, "sigma must be finite, found inf"),
+        ("hl_gauss", {"sigma": 1.3}, "at most the width of the support, 1.2"),
+        ("hl_gauss", {"support": (0.0, math.inf)}, "support must be"),
+        ("two_hot", {"support": (math.nan, 1.0)}, "support must be"),
+        ("c51", {"reward_range": (0.0, math.inf)}, "reward_range must be"),
+        ("quantile", {"reward_range": (-math.inf, 1.0)}, "reward_range must be"),
+        ("quantile", {"kappa": math.inf}, "kappa must be finite"),
+        ("gaussian", {"reach": math.nan}, "reach must be finite"),
+        ("outcome_classes", {"rewards": (0.0, math.inf)}, "rewards must be finite"),
+        ("value_head", {"huber_delta": math.inf}, "huber_delta must be finite"),
+        ("value_head", {"lr": -1.0}, "lr must be finite and above 0"),
         ("hl_gauss", {"support": (1.0, -1.0)}, "support must be"),
         ("hl_gauss", {"support": (0.0, 0.5)}, "support must cover reward_range"),
         ("two_hot", {"reward_range": (0.0, 2.0), "support": (0.0, 1.0)}, "must cover"),

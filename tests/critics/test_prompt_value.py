@@ -1,6 +1,7 @@
 """V_0: it knows which prompts are hard before they are sampled, and follows a policy that changes."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -363,6 +364,8 @@ def test_a_model_of_its_own_reads_the_text_as_its_tokenizer_cuts_it(runtime, tmp
     ("settings", "message"),
     [
         ({"reward_range": (1.0, 0.0)}, r"reward_range must be \(failure, success\)"),
+        ({"reward_range": (-math.inf, 0.0)}, r"reward_range must be \(failure, success\)"),
+        ({"memory_steps": math.inf}, "memory_steps must be finite"),
         ({"context": 0}, "context must be at least 1"),
         ({"memory_steps": 0.0}, "memory_steps must be above 0"),
         ({"pair_weight": 1.5}, r"pair_weight must be in \[0, 1\]"),

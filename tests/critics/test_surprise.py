@@ -155,6 +155,9 @@ def test_what_cannot_be_started_from_is_refused(runtime, tmp_path):
         ({"width": 0}, "width must be at least 1, found 0"),
         ({"epochs": 0}, "epochs must be at least 1, found 0"),
         ({"minibatches": 0}, "minibatches must be at least 1, found 0"),
+        ({"reward_range": (0.0, math.inf)}, r"reward_range must be \(failure, success\)"),
+        ({"reward_range": (math.nan, 1.0)}, r"reward_range must be \(failure, success\)"),
+        ({"lr": -1.0}, "lr must be finite and above 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
