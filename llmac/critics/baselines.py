@@ -22,6 +22,7 @@ from llmac.critics.outcomes import (
     PromptOutcome,
     foresight,
     outcomes,
+    outside_range,
     prompt_outcomes,
     remaining,
 )
@@ -65,7 +66,8 @@ class RunningMeanConfig:
     rate: float = 0.5
     """Weight of the newest step in a prompt's average: 1 keeps nothing older. Our choice."""
     reward_range: tuple[float, float] = (0.0, 1.0)
-    """Smallest and largest outcome; for the metrics only."""
+    """Smallest and largest outcome: what a plan is told lies between, and `critic/vf_target_clipfrac` counts outcomes
+    beyond. As a baseline averages are what they are."""
 
     def __post_init__(self) -> None:
         """Refuse an average that never moves, or beyond what it sees."""
@@ -130,7 +132,8 @@ class RunningMean:
         self._config = config
         self._runtime = runtime
         self._means: dict[str, float] = {}
-        self._latest = 0.0
+        low, high = config.reward_range
+        self._latest = min(max(0.0, low), high)
 
     def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
         """What is still to come if the response earns what its prompt used to. Collective."""
@@ -140,9 +143,15 @@ class RunningMean:
         expected = [known.get(name, self._latest) for name in names]
         return remaining(rollouts.rewards.new_tensor(expected), rollouts, starts)
 
+    @property
+    def reward_range(self) -> tuple[float, float]:
+        """Outcome of a failure and of a success."""
+        return self._config.reward_range
+
     def prompt_values(self, prompts: Sequence[Prompt]) -> Float[Tensor, "N"]:
-        """The averages; of prompts never seen, what the last step earned."""
-        return torch.tensor([self._means.get(prompt.id, self._latest) for prompt in prompts])
+        """The averages inside of `reward_range`; of prompts never seen, what the last step earned."""
+        averages = [self._means.get(prompt.id, self._latest) for prompt in prompts]
+        return torch.tensor(averages).clamp(*self._config.reward_range)
 
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
         """Targets are not needed: see `observe`."""
@@ -159,7 +168,8 @@ class RunningMean:
             before = known[entry.prompt.id]
             self._means[entry.prompt.id] = before + self._config.rate * (entry.mean - before)
         self._latest = sum(e.mean * e.responses for e in found) / sum(e.responses for e in found)
-        return foresight(predicted, found, self._config.reward_range)
+        limits = self._config.reward_range
+        return {**foresight(predicted, found, limits), **outside_range(found, limits)}
 
     def save(self, directory: Path) -> None:
         """Role `critic` of a checkpoint."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llmac.core.calibration import ranking_auc, variance_explained
 from llmac.core.masking import masked_mean
-from llmac.core.measures import Last, Metrics
+from llmac.core.measures import Last, Mean, Metrics
 from llmac.core.types import Prompt, Rollouts, Values
+from llmac.core.value_heads import OUTSIDE, inside
 from llmac.runtime.context import Runtime
 
 
@@ -123,3 +124,15 @@ def foresight(
         "critic/prompt_explained_var": Last(float(variance_explained(predicted, truth, weight))),
     }
     return {name: last for name, last in metrics.items() if not math.isnan(last.value)}
+
+
+def outside_range(found: Sequence[PromptOutcome], reward_range: tuple[float, float]) -> Metrics:
+    """How many responses are to prompts that count as an end of the range, because their outcome is beyond it.
+
+    Args:
+        found: what the responses earned, the same on all ranks.
+        reward_range: smallest and largest outcome.
+    """
+    responses = torch.tensor([[float(entry.responses) for entry in found]])
+    _, beyond = inside(torch.tensor([[entry.mean for entry in found]]), *reward_range)
+    return {OUTSIDE: Mean(float(responses[beyond].sum()), float(responses.sum()))}

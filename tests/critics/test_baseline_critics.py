@@ -263,3 +263,22 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 @pytest.mark.parametrize("settings", [GroupMeanConfig, LeaveOneOutConfig])
 def test_a_baseline_of_siblings_asks_for_a_sibling(settings):
     assert settings().least_group_size == 2
+
+
+@pytest.mark.parametrize(("limits", "start"), [((1.0, 5.0), 1.0), ((-3.0, -1.0), -1.0)])
+def test_a_running_mean_starts_inside_the_range(runtime, limits, start):
+    critic = running(runtime, reward_range=limits)
+    rollouts = step([3.0], ["a"])
+    assert critic.prompt_values([t.prompt for t in rollouts.trajectories]).tolist() == [start]
+    assert critic.values(rollouts, every_token(rollouts.action_mask)).at[0, 0] == start
+
+
+def test_averages_beyond_the_range_are_said_as_its_ends_and_counted(runtime):
+    critic = running(runtime, rate=1.0)
+    rollouts = step([-0.2, 1.5, 1.5, 0.5], ["a", "b", "b", "c"])
+    assert critic.observe(rollouts)["critic/vf_target_clipfrac"].value == 0.75
+    prompts = [t.prompt for t in rollouts.trajectories]
+    assert critic.prompt_values(prompts).tolist() == [0.0, 1.0, 1.0, 0.5]
+    # A baseline is compared with outcomes as they are.
+    values = critic.values(rollouts, every_token(rollouts.action_mask)).at[:, 0]
+    assert values.tolist() == pytest.approx([-0.2, 1.5, 1.5, 0.5])
