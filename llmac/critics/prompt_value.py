@@ -6,6 +6,8 @@ unless told otherwise, and the tabular foundation model of the paper is not ship
 in its place.
 """
 
+import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from llmac.critics.in_context import (
     TransformerLearner,
     new_classifier,
 )
-from llmac.critics.outcomes import foresight, prompt_outcomes, remaining
+from llmac.critics.outcomes import foresight, outside_range, prompt_outcomes, remaining
 from llmac.critics.prompt_record import PromptRecord
 from llmac.critics.prompt_states import EmbeddingStates, Pooling, PromptStates, TrunkStates
 from llmac.critics.refusals import refuse_infinite, refuse_range
@@ -33,6 +35,7 @@ from llmac.models.policy import causal_lm
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
 
+_SAID_FILE = "prompt_said.json"
 _TRAINED_ONLY = (
     "lr",
     "schedule",
@@ -190,6 +193,11 @@ class PromptValue:
         self._runtime = runtime
         self._said: dict[tuple[str, tuple[int, ...]], float] = {}
 
+    @property
+    def reward_range(self) -> tuple[float, float]:
+        """Outcome of a failure and of a success."""
+        return self._config.reward_range
+
     def prompt_values(self, prompts: Sequence[Prompt]) -> Float[Tensor, "N"]:
         """Expected outcomes, in reward units; the middle of the range before any outcome is known. Collective.
 
@@ -201,7 +209,7 @@ class PromptValue:
         if self._runtime.max(float(len(new))):
             asked = new or list(prompts[:1])
             for prompt, chance in zip(asked, self._chances(asked).tolist(), strict=True):
-                self._said[_key(prompt)] = low + (high - low) * chance
+                self._said.setdefault(_key(prompt), low + (high - low) * chance)
         return torch.tensor([self._said[_key(prompt)] for prompt in prompts])
 
     def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
@@ -224,7 +232,7 @@ class PromptValue:
         low, high = self._config.reward_range
         metrics = foresight(
             torch.tensor([said[entry.prompt.id] for entry in found]), found, (low, high)
-        )
+        ) | outside_range(found, (low, high))
         self._record.add(
             (entry.prompt, min(max((entry.mean - low) / (high - low), 0.0), 1.0), entry.responses)
             for entry in found
@@ -233,16 +241,25 @@ class PromptValue:
         return {**metrics, **self._learner.learn(self._record)}
 
     def save(self, directory: Path) -> None:
-        """Role `critic` of a checkpoint. Collective."""
+        """Role `critic` of a checkpoint, with what each rank has said and not yet seen the outcome of. Collective."""
+        said = self._runtime.gather(list(self._said.items()))
         if self._runtime.is_main:
             self._record.save(directory)
+            (directory / _SAID_FILE).write_text(json.dumps(said))
         self._learner.save(directory)
 
     def load(self, directory: Path) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint; another number of ranks goes on with all that was said."""
         self._record.load(directory)
         self._learner.load(directory)
         self._said.clear()
+        path = directory / _SAID_FILE
+        if path.is_file():  # older checkpoints have none
+            ranks = json.loads(path.read_text())
+            if len(ranks) == self._runtime.world_size:
+                ranks = [ranks[self._runtime.rank]]
+            for (name, tokens), value in itertools.chain.from_iterable(ranks):
+                self._said[name, tuple(tokens)] = value
 
     def save_pretrained(self, directory: Path, *, policy: Path) -> None:
         """A folder that `init` of another run takes. Collective.

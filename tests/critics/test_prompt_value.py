@@ -387,3 +387,85 @@ def test_settings_of_the_other_learner_have_no_effect():
     assert not set(kernel) & set(transformer)
     fields = {field.name for field in dataclasses.fields(PromptValueConfig)}
     assert set(kernel) | set(transformer) <= fields
+
+
+def test_outcomes_beyond_the_range_are_counted(runtime):
+    toy = Toy()
+    critic = critic_of(toy, runtime)
+    first, second, third = toy.prompts(3)
+    rollouts = rollouts_of(
+        toy.rollouts([first], reward=lambda won: -3.0).trajectories
+        + toy.rollouts([second], reward=lambda won: 0.5).trajectories[:2]
+        + toy.rollouts([third], reward=lambda won: 7.0).trajectories[:2]
+    )
+    assert critic.observe(rollouts)["critic/vf_target_clipfrac"].value == 0.75
+
+
+def paused(rollouts):
+    return rollouts_of(
+        [dataclasses.replace(t, finish=Finish.PAUSED, reward=None) for t in rollouts.trajectories]
+    )
+
+
+def test_what_was_said_before_a_checkpoint_is_said_after_it(runtime, tmp_path):
+    toy = Toy()
+    critic = critic_of(toy, runtime)
+    critic.observe(toy.rollouts(toy.prompts(16)))
+    prompts = toy.prompts(5, "open")
+    said = critic.prompt_values(prompts)
+    assert critic.observe(paused(toy.rollouts(prompts))) == {}
+    critic.save(tmp_path)
+    toy.words += torch.randn(WORDS, WIDTH, generator=toy.random)  # the policy goes on
+    again = critic_of(toy, runtime)
+    again.load(tmp_path)
+    assert torch.equal(again.prompt_values(prompts), said)
+    assert torch.equal(critic.prompt_values(prompts), said)
+    (tmp_path / "prompt_said.json").unlink()  # as checkpoints were before
+    again.load(tmp_path)
+    assert not torch.equal(again.prompt_values(prompts), said)
+
+
+class Rank:
+    """One of two ranks; the other always has something new to ask."""
+
+    device = torch.device("cpu")
+    world_size = 2
+
+    def __init__(self, rank, others):
+        self.rank, self.is_main, self.others = rank, rank == 0, others
+
+    def max(self, number):
+        return max(number, 1.0)
+
+    def gather(self, item):
+        return [item, *self.others]
+
+    def passes(self, count):
+        return count
+
+
+def test_each_rank_goes_on_with_what_it_said_and_another_number_with_all(runtime, tmp_path):
+    toy = Toy()
+    mine, others = toy.prompts(1, "mine")[0], toy.prompts(1, "others")[0]
+    rank = Rank(0, [[[["others0", others.token_ids], 0.25]]])
+    critic = critic_of(toy, rank)
+    critic._said = {(mine.id, mine.token_ids): 0.75}
+    critic.save(tmp_path)
+    found = {}
+    for name, runs in (("first", rank), ("second", Rank(1, [])), ("alone", runtime)):
+        again = critic_of(toy, runs)
+        again.load(tmp_path)
+        found[name] = again._said
+    told = {("mine0", mine.token_ids): 0.75}, {("others0", others.token_ids): 0.25}
+    assert found == {"first": told[0], "second": told[1], "alone": told[0] | told[1]}
+
+
+def test_a_rank_with_nothing_new_still_says_what_it_said(runtime):
+    toy = Toy()
+    critic = critic_of(toy, Rank(0, []))
+    critic._record.add((prompt, 0.5 + 0.1 * (i % 2), 4) for i, prompt in enumerate(toy.prompts(8)))
+    prompts = toy.prompts(3, "next")
+    said = critic.prompt_values(prompts)
+    toy.words += torch.randn(WORDS, WIDTH, generator=toy.random)
+    assert torch.equal(critic.prompt_values(prompts), said)
+    assert toy.asked == 8 + 3 + 8 + 1  # the first is read again, for the other rank's sake
