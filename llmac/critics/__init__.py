@@ -3,9 +3,10 @@
 Heads on a language model: `value_head.py` (scalar) and `distribution_heads.py` are settings, `head_config.py` what they
 share, `head_critic.py` the live critic behind all of them. Of log-probs only: `surprise.py`. Of prompts only:
 `baselines.py` (nothing is learned) and `prompt_value.py` (`in_context.py` learns), on what `outcomes.py` finds. Values
-are in the unit of the rewards, at the positions asked, and never look at the action that follows. To add one: a frozen
-dataclass with its settings and a method `build(...)`, and one line below; a new head also needs its place in
-`models/value_heads.py`. How good one is: `examine.py`, on `states.py` whose true values are known.
+are in the unit of the rewards, at the positions asked, and do not look at the action that follows: `group_mean` alone
+contains the response's own outcome. To add one: a frozen dataclass with its settings (`refusals.py` says what cannot
+work) and a method `build(...)`, and one line below; a new head also needs its place in `models/value_heads.py`. How
+good one is: `examine.py`, on `states.py` whose true values are known.
 """
 
 CRITICS: dict[str, str] = {
