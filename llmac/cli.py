@@ -22,7 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["serve"] and "--" in words:
         cut = words.index("--")
         words, vllm_words = words[:cut], words[cut + 1 :]
-    parsed = _parser().parse_args(words, argparse.Namespace(vllm_words=vllm_words))
+    parser = _parser()
+    parsed, late = parser.parse_known_args(words, argparse.Namespace(vllm_words=vllm_words))
+    # argparse takes no overrides after an option; people write them there.
+    if not hasattr(parsed, "overrides") or any(w.startswith("-") or "=" not in w for w in late):
+        parser.parse_args(words)  # says what is wrong and ends
+    else:
+        parsed.overrides = [*parsed.overrides, *late]
     try:
         return parsed.command(parsed)
     except LlmacError as error:

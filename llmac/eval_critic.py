@@ -1,8 +1,8 @@
 """`llmac eval-critic`: how good is the critic of a run, against continuations sampled by its policy?"""
 
+import dataclasses
 import json
 import logging
-import os
 import re
 import time
 from collections import Counter
@@ -30,6 +30,7 @@ from llmac.loop import Parts
 from llmac.models.loading import load_tokenizer, pad_token_id, torch_dtype
 from llmac.models.value_heads import HEAD_FILE
 from llmac.models.value_model import ValueModel
+from llmac.outputs import make_room_for, make_writable
 from llmac.rollout_store import check_storable, vocabulary_mark
 from llmac.runtime.checkpoint import Saveable
 from llmac.saved_run import SavedRun, Step, find_run, opened
@@ -106,6 +107,10 @@ def eval_critic(
         raise ConfigError(
             f"the states are those of {states_from}; how many to sample has no effect: leave it out"
         )
+    if save_states is not None and states_from is not None:
+        raise ConfigError(
+            f"the states of {states_from} are saved already: leave out one of save_states and states_from"
+        )
     wanted = truth or Truth()
     check_numbers(
         states=wanted.states,
@@ -119,7 +124,9 @@ def eval_critic(
     stored = None if states_from is None else read_states(states_from)
     _check_group_size(chosen, wanted, None if stored is None else stored[0])
     folder = output or run.folder / "critic_eval" / _folder_name(run, critic)
-    _make_writable(folder)
+    make_writable(folder, "--output")
+    if save_states is not None:
+        make_room_for(save_states, "--save-states")
     about: dict[str, Any] = {
         "run": str(run.folder),
         "moment": run.moment,
@@ -158,14 +165,17 @@ def _critic(asked: str | None, run: SavedRun) -> Path | Choice:
                 "folder with a value model, or a critic of `llmac algorithms`"
             )
         saved = run.folder / "final" / "critic"
-        return saved if run.is_final and (saved / HEAD_FILE).is_file() else own
+        if not (run.is_final and saved.is_dir()):
+            return own
+        return saved if (saved / HEAD_FILE).is_file() else _started_from(own, saved)
     folder = Path(asked).expanduser()
     if folder.is_dir():
         if not (folder / HEAD_FILE).is_file():
             inside = [p for p in ("critic", "final/critic") if (folder / p / HEAD_FILE).is_file()]
             hint = f" Did you mean {folder / inside[0]}?" if inside else ""
             raise CheckpointError(
-                f"{folder} has no {HEAD_FILE}: it is not a value model saved by llmac.{hint}"
+                f"{folder} has no {HEAD_FILE}: it is not a value model saved by llmac.{hint} A critic of another kind "
+                f"starts from its folder by name: --critic '{{name: surprise, init: {folder}}}'"
             )
         return folder
     if "/" in asked and ":" not in asked:
@@ -178,6 +188,13 @@ def _critic(asked: str | None, run: SavedRun) -> Path | Choice:
     choice = choose_critic(card, choose_algorithm("ppo"))
     assert choice is not None, "ppo takes critics"
     return choice
+
+
+def _started_from(card: Choice, folder: Path) -> Choice:
+    """The card, with the weights that a finished run has left."""
+    if not hasattr(card.settings, "init"):  # cards differ in fields
+        return card
+    return dataclasses.replace(card, settings=dataclasses.replace(card.settings, init=str(folder)))
 
 
 def _check_group_size(chosen: Path | Choice, truth: Truth, stored: States | None) -> None:
@@ -207,18 +224,11 @@ def _described(chosen: Path | Choice, asked: str | None, run: SavedRun) -> str:
     if asked is None:
         assert run.recipe.critic is not None, "checked when it was chosen"
         return run.recipe.critic.name
-    return f"critic {chosen}" if isinstance(chosen, Path) else f"{chosen.name} as it starts"
-
-
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be made ({error.strerror}); name another with --output"
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{folder} is read-only for this user; name another with --output")
+    if isinstance(chosen, Path):
+        return f"critic {chosen}"
+    start = getattr(chosen.settings, "init", None)  # cards differ in fields
+    starts = "as it starts" if start in (None, "policy") else f"of {start}"
+    return f"{chosen.name} {starts}"
 
 
 def _live(chosen: Path | Choice, run: SavedRun, parts: Parts) -> Critic:

@@ -19,6 +19,7 @@ from llmac.data.prompts import PromptStream
 from llmac.errors import ConfigError
 from llmac.loop import Parts, seed_of, synchronize
 from llmac.models.loading import load_tokenizer
+from llmac.outputs import make_room_for
 from llmac.rollout_store import check_storable, vocabulary_mark, write_rollouts
 from llmac.runtime.context import Runtime
 
@@ -68,8 +69,7 @@ def sample_rollouts(recipe: Recipe, path: Path, *, responses: int, rows: Any = N
     verify(recipe)
     if responses < 1:
         raise ConfigError(f"--responses must be at least 1, found {responses}")
-    if path.exists():
-        raise ConfigError(f"{path} exists; name another file with --output, or remove it")
+    make_room_for(path, "--output")
     with contextlib.ExitStack() as cleanup:
         aside = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmac-rollouts-"))
         runtime = Runtime.create(seed=recipe.run.seed, output=None)

@@ -24,6 +24,7 @@ from llmac.errors import ConfigError
 from llmac.export import check_not_empty
 from llmac.metrics import MetricLog
 from llmac.models.loading import load_tokenizer, pad_token_id
+from llmac.outputs import make_writable, refuse_a_run
 from llmac.pretraining.bench import LearnedCritic, check_critic, critic_of
 from llmac.pretraining.file import examples_in, say_what_there_is
 from llmac.pretraining.report import Judged, report
@@ -122,9 +123,11 @@ def value_pretrain(
     kept = output / "critic"
     if kept.exists():
         raise ConfigError(f"{kept} exists; name another folder with --output, or remove it")
+    refuse_a_run(output, "--output")
     learn, held_out = split_by_prompt(
         examples_in(rollouts, recipe), how.held_out, seed=recipe.run.seed
     )
+    make_writable(output, "--output")
     with contextlib.ExitStack() as cleanup:
         runtime = Runtime.create(seed=recipe.run.seed, output=output)
         liveness = Liveness.start(runtime)
@@ -132,7 +135,6 @@ def value_pretrain(
         cleanup.callback(runtime.close)
         with liveness.reporting():
             if runtime.is_main:
-                output.mkdir(parents=True, exist_ok=True)
                 (output / "config.yaml").write_text(dump(recipe))
             runtime.start_trackers(recipe.run.trackers, recipe.run.project, plain(recipe))
             if runtime.is_main:

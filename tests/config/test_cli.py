@@ -141,3 +141,13 @@ def test_importing_the_configuration_room_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_overrides_may_follow_an_option(folder, capsys):
+    words = ["rollouts", "small.yaml", "--responses", "2", "--output", "r.parquet"]
+    assert main([*words, "reward=rewards.py:wrong"]) == 1
+    assert "wrong" in capsys.readouterr().err
+    for stray in ("--respones=3", "small"):
+        with pytest.raises(SystemExit):
+            main([*words, stray])
+        assert f"unrecognized arguments: {stray}" in capsys.readouterr().err

@@ -294,6 +294,32 @@ def test_states_must_be_states(untrained, tmp_path):
         eval_critic(untrained / "recipe.yaml", states_from=stored)
 
 
+def test_saved_states_are_not_written_over(untrained, tmp_path):
+    mine = tmp_path / "states.parquet"
+    mine.write_text("mine")
+    recipe = untrained / "recipe.yaml"
+    with pytest.raises(ConfigError, match=r"states.parquet exists; .* --save-states"):
+        eval_critic(recipe, save_states=mine, output=tmp_path / "report")
+    with pytest.raises(ConfigError, match="leave out one of save_states and states_from"):
+        eval_critic(recipe, save_states=tmp_path / "new", states_from=mine)
+    assert mine.read_text() == "mine"
+
+
+def test_a_critic_that_is_no_value_model_is_judged_from_the_end_of_a_run(home, tmp_path):
+    settings = recipe_of(
+        home, tmp_path / "run", {"name": "ppo", "group_size": 4}, critic={"name": "surprise"}
+    )
+    train(load_recipe(settings))
+    truth = {"truth": SMALL, "save_states": tmp_path / "states"}
+    last = eval_critic(tmp_path / "run", output=tmp_path / "a", **truth)
+    final = eval_critic(
+        tmp_path / "run", step="final", states_from=tmp_path / "states", output=tmp_path / "b"
+    )
+    assert final.report.values == pytest.approx(last.report.values, abs=1e-6)
+    with pytest.raises(CheckpointError, match=r"--critic '{name: surprise, init: "):
+        eval_critic(tmp_path / "run", critic=str(tmp_path / "run/final/critic"))
+
+
 def test_a_recipe_that_was_not_trained_yet_is_at_its_start(untrained):
     assert find_run(untrained / "recipe.yaml").moment == "start"
     with pytest.raises(CheckpointError, match="no checkpoint of step 2"):

@@ -377,6 +377,14 @@ def test_an_older_critic_is_not_overwritten(ppo, stored, tmp_path):
         value_pretrain(load_recipe(ppo), stored, tmp_path / "vp")
 
 
+def test_the_record_of_a_run_is_not_overwritten(ppo, stored, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl of an earlier run, .* with --output"):
+        value_pretrain(load_recipe(ppo), stored, tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "mine"
+
+
 @pytest.mark.deepspeed
 def test_a_critic_in_shards_is_saved_whole_and_equal(ppo, write_recipe, tmp_path):
     """ZeRO-3 on two processes: the weights of one process without it, to rounding."""
