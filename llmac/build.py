@@ -132,6 +132,7 @@ def build(
         roles["critic"] = critic
     if isinstance(plan, AsksPromptValues) and isinstance(critic, PromptCritic):
         plan.prompt_values = critic.prompt_values
+        plan.reward_range = critic.reward_range
     memory, schedule = algorithm.memory(), _schedule(recipe)
     waits = schedule if schedule.warmup_explained is not None else None
     for role, remembering, alike in (
@@ -183,6 +184,7 @@ def _share(recipe: Recipe, runtime: Runtime) -> int:
 
 def _hand_over(plan: NeedsRollouts, recipe: Recipe, runtime: Runtime) -> None:
     stored = rollouts_in(Path(plan.path), recipe).trajectories
+    plan.seed = recipe.run.seed
     try:
         plan.stored = share_of(stored, rank=runtime.rank, world_size=runtime.world_size)
     except ValueError as error:

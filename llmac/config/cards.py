@@ -96,8 +96,8 @@ def choose_critic(value: object, algorithm: Choice) -> Choice | None:
             ", ".join(f"critic.{key}" for key in value) if is_mapping(value) and value else "critic"
         )
         raise ConfigError(
-            f"{keys} has no effect: {algorithm.name} uses no critic. Remove it, or choose an algorithm that has one "
-            "(`llmac algorithms` lists them)"
+            f"{keys} has no effect: {algorithm.name} uses no critic. Remove it (critic=null on the command line), or "
+            "choose an algorithm that has one (`llmac algorithms` lists them)"
         )
     return _choose("critic", value, default_name=usual)
 

@@ -72,7 +72,7 @@ IDLE = (
         lambda recipe: (
             not (recipe.algorithm.settings.uses_values and recipe.algorithm.settings.teaches_critic)
         ),
-        "the algorithm uses no critic, or teaches none; remove it, or choose one that does, for example ppo",
+        "the algorithm uses no critic, or none that learns; remove it, or choose both, for example ppo and value_head",
     ),
     Idle(
         ("run.project",),
@@ -80,6 +80,12 @@ IDLE = (
         "only trackers show it; remove it, or set run.trackers, for example [tensorboard]",
     ),
 )
+
+
+def _teaches_a_critic(recipe: Recipe) -> bool:
+    card, critic = recipe.algorithm.settings, recipe.critic
+    learns = hasattr(critic and critic.settings, "lr")  # cards differ in fields
+    return card.uses_values and card.teaches_critic and learns
 
 
 def idle_keys(recipe: Recipe) -> dict[str, str]:

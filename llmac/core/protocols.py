@@ -178,6 +178,11 @@ class Observer(Protocol):
 class PromptCritic(Protocol):
     """Says what a prompt is worth before anything is sampled: V(s_0)."""
 
+    @property
+    def reward_range(self) -> tuple[float, float]:
+        """Outcome of a failure and of a success."""
+        ...
+
     def prompt_values(self, prompts: Sequence[Prompt]) -> Float[Tensor, "N"]:
         """Expected outcome of each prompt, in reward units."""
         ...
@@ -185,8 +190,10 @@ class PromptCritic(Protocol):
 
 @runtime_checkable
 class AsksPromptValues(Protocol):
-    """A plan that wants to know what prompts are worth before it samples. `build` sets the attribute."""
+    """A plan that wants to know what prompts are worth before it samples. `build` sets the attributes."""
 
+    reward_range: tuple[float, float]
+    """Outcome of a failure and of a success, as the critic has them."""
     prompt_values: Callable[[Sequence[Prompt]], Float[Tensor, "N"]] | None
     """Of the run's critic."""
 
@@ -218,5 +225,7 @@ class NeedsRollouts(Protocol):
 
     path: str
     """File of stored rollouts."""
+    seed: int
+    """Of the run: the order of the replay is drawn from it."""
     stored: Sequence[Trajectory] | None
     """This rank's share; None before `build`."""

@@ -36,9 +36,10 @@ def engines(monkeypatch):
     return built
 
 
-def test_an_engine_is_closed_when_who_learns_beside_it_cannot_be_built(settings, engines, home):
+def test_an_engine_is_closed_when_who_learns_beside_it_cannot_be_built(settings, engines, tmp_path):
+    (tmp_path / "nothing_here").mkdir()
     settings["algorithm"] = {"name": "ppo"}
-    settings["critic"] = {"name": "value_head", "init": str(home / "nothing_here")}
+    settings["critic"] = {"name": "value_head", "init": str(tmp_path / "nothing_here")}
     with pytest.raises(ConfigError, match="nothing_here"):
         run(load_recipe(settings))
     assert [engine.closed for engine in engines] == [1]
