@@ -90,17 +90,22 @@ class TwoHot:
         """A logit an atom."""
         return self.bins
 
+    @property
+    def atoms(self) -> Float[Tensor, "K"]:
+        """Evenly from end to end."""
+        return torch.linspace(self.low, self.high, self.bins)
+
     def decode(self, raw: Float[Tensor, "*shape K"]) -> Float[Tensor, "*shape"]:
         """Mean over the atoms."""
-        return expectation(raw, torch.linspace(self.low, self.high, self.bins))
+        return expectation(raw, self.atoms)
 
     def start(self, mean: float) -> Float[Tensor, "K"]:
         """As even as the mean allows."""
-        return even_with_mean(mean, torch.linspace(self.low, self.high, self.bins))
+        return even_with_mean(mean, self.atoms)
 
     def learn(self, raw: Float[Tensor, "B S K"], lesson: Lesson) -> Learned:
         """Cross-entropy."""
-        return learn_nearest(raw, lesson, torch.linspace(self.low, self.high, self.bins))
+        return learn_nearest(raw, lesson, self.atoms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +144,7 @@ class OutcomeClasses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class C51:
+class C51(TwoHot):
     """The distribution of the return by bootstrapping, `lambda_distributions`, from what the head itself says.
 
     Learns from the scored rewards and not from the algorithm's returns, whose mean is all they have:
@@ -148,26 +153,10 @@ class C51:
     """
 
     kind: ClassVar[str] = "c51"
-    foretells: ClassVar[tuple[str, ...]] = ("low", "high", "bins")
 
-    low: float = 0.0
-    high: float = 1.0
     bins: int = 51
     """Atoms, ends included."""
     lam: float = 0.95
-
-    @property
-    def outputs(self) -> int:
-        """A logit an atom."""
-        return self.bins
-
-    def decode(self, raw: Float[Tensor, "*shape K"]) -> Float[Tensor, "*shape"]:
-        """Mean over the atoms."""
-        return expectation(raw, torch.linspace(self.low, self.high, self.bins))
-
-    def start(self, mean: float) -> Float[Tensor, "K"]:
-        """As even as the mean allows."""
-        return even_with_mean(mean, torch.linspace(self.low, self.high, self.bins))
 
     def learn(self, raw: Float[Tensor, "B S K"], lesson: Lesson) -> Learned:
         """Cross-entropy."""
@@ -177,7 +166,7 @@ class C51:
             lesson.rewards,
             lesson.mask,
             lesson.bootstraps,
-            torch.linspace(self.low, self.high, self.bins),
+            self.atoms,
             gamma=lesson.gamma,
             lam=self.lam,
         )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llmac.core.measures import Metrics
 from llmac.core.types import CriticTargets, Rollouts, Values
+from llmac.critics.scatter import values_of
 from llmac.models.packing import packed_micro_batches
 from llmac.models.value_model import ValueModel
 from llmac.runtime.context import Runtime
@@ -40,15 +41,13 @@ class FrozenCritic:
     @torch.no_grad()
     def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
         """V(s_t) where `starts`, and V(s_T) for truncated rows."""
-        rows, width = rollouts.response_ids.shape
-        at, bootstrap = torch.zeros(rows, width), torch.zeros(rows)
-        for index, packed in packed_micro_batches(
-            rollouts.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
-        ):
-            values = self._module(packed.to(self._runtime.device)).cpu()
-            at[index, : values.shape[1] - 1] = values[:, :-1]
-            bootstrap[index] = values.gather(1, packed.lengths[:, None]).squeeze(1)
-        return Values(at=at * starts, starts=starts, bootstrap=bootstrap * rollouts.truncated)
+        micro = list(
+            packed_micro_batches(
+                rollouts.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
+            )
+        )
+        seen = (self._module(packed.to(self._runtime.device)).cpu() for _, packed in micro)
+        return values_of(micro, seen, rollouts, starts)
 
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> Metrics:
         """Nothing is learned."""

@@ -16,6 +16,7 @@ from llmac.core.moments import Moments
 from llmac.core.types import CriticTargets, Loss, Rollouts, Values
 from llmac.core.value_heads import Learned, Lesson, Scalar
 from llmac.critics.outcomes import mean_outcome
+from llmac.critics.scatter import values_of
 from llmac.critics.target_network import TargetNetwork
 from llmac.models.packing import (
     PackedRows,
@@ -108,8 +109,6 @@ class HeadCritic:
         """V(s_t) where `starts`, and V(s_T) for truncated rows."""
         if self._fresh_head:
             self._start_at(rollouts)
-        rows, width = rollouts.response_ids.shape
-        at, bootstrap = torch.zeros(rows, width), torch.zeros(rows)
         micro = list(
             packed_micro_batches(
                 rollouts.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
@@ -121,10 +120,7 @@ class HeadCritic:
             return asked(packed.to(self._runtime.device)).cpu()
 
         seen = self._learner.look(ask, [packed for _, packed in micro])
-        for (index, packed), values in zip(micro, seen, strict=True):
-            at[index, : values.shape[1] - 1] = values[:, :-1]
-            bootstrap[index] = values.gather(1, packed.lengths[:, None]).squeeze(1)
-        return Values(at=at * starts, starts=starts, bootstrap=bootstrap * rollouts.truncated)
+        return values_of(micro, seen, rollouts, starts)
 
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
         """`epochs` passes towards the returns."""

@@ -230,9 +230,11 @@ class PromptValue:
         if not found:
             return {}
         low, high = self._config.reward_range
-        metrics = foresight(
-            torch.tensor([said[entry.prompt.id] for entry in found]), found, (low, high)
-        ) | outside_range(found, (low, high))
+        expected = torch.tensor([said[entry.prompt.id] for entry in found])
+        metrics = {
+            **foresight(expected, found, (low, high)),
+            **outside_range(found, (low, high)),
+        }
         self._record.add(
             (entry.prompt, min(max((entry.mean - low) / (high - low), 0.0), 1.0), entry.responses)
             for entry in found
