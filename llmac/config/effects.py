@@ -69,9 +69,7 @@ IDLE = (
     ),
     Idle(
         ("run.critic_warmup_steps", "run.critic_warmup_explained", "run.policy_every"),
-        lambda recipe: (
-            not (recipe.algorithm.settings.uses_values and recipe.algorithm.settings.teaches_critic)
-        ),
+        lambda recipe: not _teaches_a_critic(recipe),
         "the algorithm uses no critic, or none that learns; remove it, or choose both, for example ppo and value_head",
     ),
     Idle(

@@ -107,6 +107,11 @@ def test_a_mistake_is_named_with_its_owner_and_the_way_out(settings, override, p
         (["run.critic_warmup_steps=3"], "run.critic_warmup_steps", "uses no critic"),
         (["run.critic_warmup_explained=0.3"], "run.critic_warmup_explained", "uses no critic"),
         (["run.policy_every=2"], "run.policy_every", "uses no critic"),
+        (
+            ["algorithm={name: ppo, group_size: 2}", "critic=group_mean", "run.policy_every=2"],
+            "run.policy_every",
+            "none that learns",
+        ),
         (["run.project=mine"], "run.project", "run.trackers"),
         (["model.reference=org/other"], "model.reference", "algorithm.kl_coef above 0"),
         (
