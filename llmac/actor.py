@@ -88,17 +88,10 @@ class Actor:
 
     def annotate(self, batch: Batch, *, reference: bool) -> Rollouts:
         """The batch with log-probs of the policy as it is now, and of the reference if asked for."""
-        return Rollouts(
-            response_ids=batch.response_ids,
-            action_mask=batch.action_mask,
-            rewards=batch.rewards,
-            truncated=batch.truncated,
-            group=batch.group,
-            sampler_logprobs=batch.sampler_logprobs,
+        return Rollouts.of(
+            batch,
             old_logprobs=self._logprobs(batch),
             ref_logprobs=self._reference_logprobs(batch) if reference else None,
-            length_limit=batch.length_limit,
-            trajectories=batch.trajectories,
         )
 
     def update(

@@ -116,6 +116,18 @@ class Rollouts:
     length_limit: int
     trajectories: tuple[Trajectory, ...]
 
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        *,
+        old_logprobs: Float[Tensor, "B T"],
+        ref_logprobs: Float[Tensor, "B T"] | None = None,
+    ) -> "Rollouts":
+        """The batch, with what policy and reference say about it."""
+        same = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return cls(**same, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+
     @property
     def paused(self) -> Bool[Tensor, "B"]:
         """Rows that go on in the next step; their outcome is not known yet."""

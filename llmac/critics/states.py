@@ -68,18 +68,7 @@ class States:
         batch = collate(self.trajectories, length_limit=self.length_limit)
         starts = torch.zeros_like(batch.action_mask)
         starts[self.row, self.position] = True
-        rollouts = Rollouts(
-            response_ids=batch.response_ids,
-            action_mask=batch.action_mask,
-            rewards=batch.rewards,
-            truncated=batch.truncated,
-            group=batch.group,
-            sampler_logprobs=batch.sampler_logprobs,
-            old_logprobs=batch.sampler_logprobs,
-            ref_logprobs=None,
-            length_limit=batch.length_limit,
-            trajectories=batch.trajectories,
-        )
+        rollouts = Rollouts.of(batch, old_logprobs=batch.sampler_logprobs)
         return rollouts, starts
 
 

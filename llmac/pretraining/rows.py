@@ -132,18 +132,7 @@ def rollouts_of(examples: Sequence[Example], *, length_limit: int) -> Rollouts:
         length_limit: of the whole file and not of these rows: critics may look at the share of it that is used up.
     """
     batch = collate([e.trajectory for e in examples], length_limit=length_limit)
-    return Rollouts(
-        response_ids=batch.response_ids,
-        action_mask=batch.action_mask,
-        rewards=batch.rewards,
-        truncated=batch.truncated,
-        group=batch.group,
-        sampler_logprobs=batch.sampler_logprobs,
-        old_logprobs=batch.sampler_logprobs,
-        ref_logprobs=None,
-        length_limit=length_limit,
-        trajectories=batch.trajectories,
-    )
+    return Rollouts.of(batch, old_logprobs=batch.sampler_logprobs)
 
 
 def returns_of(

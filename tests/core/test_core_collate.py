@@ -65,12 +65,7 @@ def test_a_paused_response_needs_no_reward_yet_and_counts_as_truncated():
     batch = collate(rows, length_limit=16)
     assert batch.rewards.tolist() == [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     assert batch.truncated.tolist() == [True, False]
-    names = [field.name for field in dataclasses.fields(batch)]
-    rollouts = Rollouts(
-        **{name: getattr(batch, name) for name in names},
-        old_logprobs=batch.sampler_logprobs,
-        ref_logprobs=None,
-    )
+    rollouts = Rollouts.of(batch, old_logprobs=batch.sampler_logprobs)
     assert rollouts.paused.tolist() == [True, False]
     assert (rollouts.fresh & rollouts.action_mask).tolist() == [
         [False, True, True],

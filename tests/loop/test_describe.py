@@ -1,7 +1,5 @@
 """What the loop says of a step's responses, also of steps in which none ended."""
 
-import dataclasses
-
 from llmac.core.collate import collate
 from llmac.core.types import Finish, Prompt, Rollouts, Trajectory
 from llmac.loop import describe
@@ -25,12 +23,7 @@ def rollouts_of(*rows):
         ],
         length_limit=8,
     )
-    names = [field.name for field in dataclasses.fields(batch)]
-    return Rollouts(
-        **{name: getattr(batch, name) for name in names},
-        old_logprobs=batch.sampler_logprobs,
-        ref_logprobs=None,
-    )
+    return Rollouts.of(batch, old_logprobs=batch.sampler_logprobs)
 
 
 def numbers(*rows):
