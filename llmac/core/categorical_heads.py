@@ -15,11 +15,11 @@ from torch import Tensor
 from llmac.core.distributions import (
     bin_centers,
     bin_edges,
-    even_with_mean,
     expectation,
     gaussian_density,
     gaussian_mass,
     lambda_distributions,
+    open_with_mean,
     two_hot,
 )
 from llmac.core.value_heads import OUTSIDE, Learned, Lesson, inside
@@ -56,8 +56,8 @@ class HLGauss:
         return expectation(raw, bin_centers(self.low, self.high, self.bins))
 
     def start(self, mean: float) -> Float[Tensor, "K"]:
-        """As even as the mean allows."""
-        return even_with_mean(mean, bin_centers(self.low, self.high, self.bins))
+        """Even, as far as the mean allows."""
+        return open_with_mean(mean, bin_centers(self.low, self.high, self.bins))
 
     def distribution(self, returns: Float[Tensor, "B T"]) -> Float[Tensor, "B T K"]:
         """q, for returns inside the support."""
@@ -100,8 +100,8 @@ class TwoHot:
         return expectation(raw, self.atoms)
 
     def start(self, mean: float) -> Float[Tensor, "K"]:
-        """As even as the mean allows."""
-        return even_with_mean(mean, self.atoms)
+        """Even, as far as the mean allows."""
+        return open_with_mean(mean, self.atoms)
 
     def learn(self, raw: Float[Tensor, "B S K"], lesson: Lesson) -> Learned:
         """Cross-entropy."""
@@ -135,8 +135,8 @@ class OutcomeClasses:
         return expectation(raw, torch.tensor(self.rewards))
 
     def start(self, mean: float) -> Float[Tensor, "K"]:
-        """As even as the mean allows."""
-        return even_with_mean(mean, torch.tensor(self.rewards))
+        """Even, as far as the mean allows."""
+        return open_with_mean(mean, torch.tensor(self.rewards))
 
     def learn(self, raw: Float[Tensor, "B S K"], lesson: Lesson) -> Learned:
         """Cross-entropy."""

@@ -239,3 +239,29 @@ def even_with_mean(mean: float, atoms: Float[Tensor, "K"]) -> Float[Tensor, "K"]
         else:
             above = middle
     return ((below + above) / 2 * (grid - wanted)).to(atoms.dtype)
+
+
+def open_with_mean(
+    mean: float, atoms: Float[Tensor, "K"], *, share: float = 0.02
+) -> Float[Tensor, "K"]:
+    """`even_with_mean` that leaves every atom some chance: where a head starts that must still learn.
+
+        p = (1 - ε) · softmax(even_with_mean(m', atoms)) + ε / K,    m' such that the mean is kept
+
+    Without the second term a head that starts at an end of its range, because the first responses
+    all failed, gives the other end a chance of e^-1000, and no step of an optimizer finds it again.
+
+    Args:
+        mean: moved inside the atoms by less than ε of their width if it is at an end or beyond.
+        atoms: ascending, at least two.
+        share: ε.
+
+    Returns:
+        Logits.
+
+    >>> open_with_mean(0.0, torch.tensor([0.0, 1.0])).softmax(-1)
+    tensor([0.9900, 0.0100])
+    """
+    inner = (mean - share * float(atoms.double().mean())) / (1 - share)
+    tilted = even_with_mean(inner, atoms.double()).softmax(-1)
+    return ((1 - share) * tilted + share / len(atoms)).log().to(atoms.dtype)

@@ -13,6 +13,7 @@ from llmac.core.distributions import (
     gaussian_density,
     gaussian_mass,
     lambda_distributions,
+    open_with_mean,
     project,
     two_hot,
 )
@@ -190,3 +191,11 @@ def test_values_are_decoded_in_float32_from_half_precision():
     half = logits.bfloat16()
     check_close(expectation(half, RECIPE[1]), mean(half.float().softmax(-1), RECIPE[1]), atol=1e-6)
     assert expectation(half, RECIPE[1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", [-3.0, 0.0, 0.05, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("atoms", [FIVE, torch.linspace(0.0, 1.0, 101)])
+def test_an_open_distribution_has_the_mean_and_rules_nothing_out(atoms, wanted):
+    logits = open_with_mean(wanted, atoms)
+    check_close(expectation(logits, atoms), min(max(wanted, 0.01), 0.99), atol=2e-6)
+    assert float(logits.softmax(-1).min()) >= 0.0199 / len(atoms)

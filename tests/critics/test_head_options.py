@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from llmac.core.types import CriticTargets, Finish
-from llmac.critics.distribution_heads import C51Config, HLGaussConfig
+from llmac.critics.distribution_heads import C51Config, HLGaussConfig, TwoHotConfig
 from llmac.critics.value_head import ValueHeadConfig
 from llmac.errors import ConfigError
 from llmac.models.policy import TokenPolicy
@@ -291,3 +291,16 @@ def test_c51_learns_discounted_values(runtime):
 def test_c51_has_no_target_network_since_it_would_not_ask_it():
     with pytest.raises(ValueError, match=r"target_tau must be null for c51, found 0\.05"):
         C51Config(target_tau=0.05)
+
+
+@pytest.mark.parametrize("config", [HLGaussConfig, TwoHotConfig, C51Config])
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_a_head_whose_first_responses_all_ended_alike_learns_that_others_do_not(
+    config, first, runtime
+):
+    critic = live(config(lr=1e-2), runtime)
+    start = asked(critic, rollouts_of([trajectory([3, 5, 6], first)] * 3)).at[0, :3]
+    assert start.tolist() == pytest.approx([first] * 3, abs=0.011)
+    rollouts = rollouts_of(rows())
+    taught(critic, rollouts, 60)
+    assert asked(critic, rollouts).at[[0, 1], 1].tolist() == pytest.approx([1.0, 0.0], abs=0.2)
