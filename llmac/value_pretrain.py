@@ -213,7 +213,8 @@ class _Fit:
             returns = returns_of(
                 examples, rollouts, gamma=self._gamma, lam=self._how.lam, values=values
             )
-            log.add(self._critic.update(rollouts, targets_of(returns, values, counts)))
+            targets = targets_of(returns, values, counts, gamma=self._gamma)
+            log.add(self._critic.update(rollouts, targets))
 
     def _values(self, examples: Sequence[Example]) -> tuple[Rollouts, Values]:
         rollouts = rollouts_of(examples, length_limit=self._length_limit)

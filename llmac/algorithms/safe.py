@@ -189,7 +189,12 @@ class SAFE(ClippedPolicy):
             rollouts,
             self._scaled(advantages, value_mask, remembered, sum_across=sum_across),
             sum_across=sum_across,
-            critic_targets=CriticTargets(returns=returns, value_mask=value_mask, old_values=at),
+            critic_targets=CriticTargets(
+                returns=returns,
+                value_mask=value_mask,
+                old_values=at,
+                bootstraps=torch.zeros_like(rollouts.truncated),
+            ),
             metrics={
                 "critic/values/mean": mean_over(at, value_mask),
                 "critic/returns/mean": mean_over(returns, value_mask),

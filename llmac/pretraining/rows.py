@@ -180,11 +180,15 @@ def returns_of(
     return returns
 
 
-def targets_of(returns: Tensor, values: Values, counts: Sequence[bool]) -> CriticTargets:
-    """The returns at every sampled token of the rows that count."""
+def targets_of(
+    returns: Tensor, values: Values, counts: Sequence[bool], *, gamma: float = 1.0
+) -> CriticTargets:
+    """The returns at every sampled token of the rows that count; responses cut at the limit end there."""
     mask = values.starts & torch.tensor(counts)[:, None]
     return CriticTargets(
         returns=returns.where(mask, 0.0),
         value_mask=mask,
         old_values=values.at.where(values.starts, 0.0),
+        gamma=gamma,
+        bootstraps=torch.zeros(len(counts), dtype=torch.bool),
     )

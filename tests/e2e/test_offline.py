@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from llmac.api import run as train
 from llmac.config import load_recipe
-from llmac.errors import DataError
+from llmac.errors import ConfigError, DataError
 from llmac.rollout_store import read_rollouts
 from llmac.sample_rollouts import sample_rollouts
 from llmac.value_pretrain import Pretraining, value_pretrain
@@ -102,5 +102,5 @@ def test_a_file_that_cannot_be_replayed_is_refused(offline, tmp_path):
     with pytest.raises(DataError, match=r"length limit of this run is 1; raise rollout\.max_new"):
         train(load_recipe(offline))
     offline["algorithm"]["rollouts"] = str(tmp_path / "store.parquet")
-    with pytest.raises(DataError, match=r"no rollout file .*store\.parquet.* stored\.parquet"):
+    with pytest.raises(ConfigError, match=r"algorithm\.rollouts: there is no .*store\.parquet"):
         train(load_recipe(offline))
