@@ -245,7 +245,7 @@ def test_adapters_for_layers_that_are_not_there_are_refused(settings, tmp_path):
 def test_a_critic_that_is_not_there_is_refused_under_its_own_key(settings, home, tmp_path):
     settings["algorithm"] = {"name": "ppo"}
     settings["critic"] = {"init": str(home / "nowhere")}
-    assert_refused(settings, ConfigError, r"critic\.init: no model", tmp_path)
+    assert_refused(settings, ConfigError, r"critic\.init: there is no", tmp_path)
 
 
 def test_a_policy_that_never_learns_is_announced(settings, caplog):
