@@ -65,7 +65,7 @@ def test_the_head_of_a_critic_is_counted(large_recipe):
 
     scalar, atoms = size(), size("critic.name=two_hot", "critic.bins=11")
     assert atoms - scalar == 10 * (LARGE["hidden_size"] + 1)
-    assert size("critic.name=group_mean") == 0
+    assert size("critic.name=group_mean", "algorithm.group_size=2") == 0
 
 
 def test_a_target_network_is_a_second_critic(large_recipe):
