@@ -23,7 +23,7 @@ def length_lam(starts: Bool[Tensor, "B T"], *, alpha: float) -> Float[Tensor, "B
 
     Args:
         starts: True where a value is known; with one before each token, l is the response's length.
-        alpha: α, share of the response that a trace covers; .05 in VAPO.
+        alpha: α, share of the response that a trace covers; .05 in accounts of VAPO.
 
     Returns:
         λ, the same at every position of a row; as `segment_gae` takes it.

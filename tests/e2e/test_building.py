@@ -4,18 +4,28 @@ import pytest
 import torch
 
 from llmac.api import run
+from llmac.build import build
 from llmac.config import load_recipe
+from llmac.core.collate import collate
 from llmac.core.measures import Sum
+from llmac.core.types import Finish, Prompt, Trajectory
 from llmac.engines.hf_engine import HFEngine
-from llmac.errors import ConfigError
+from llmac.errors import ConfigError, DataError
 from llmac.loop import train
+from llmac.rollout_store import write_rollouts
+from llmac.runtime.context import Runtime
 
 
 class Remembered(HFEngine):
-    """An engine with counts of its own that may ask for its weights again; says when it was closed."""
+    """An engine with counts of its own that may ask for its weights again; says when it was closed or put to sleep."""
 
     resend = None
     closed = 0
+    slept = 0
+
+    def sleep(self):
+        self.slept += 1
+        super().sleep()
 
     def metrics(self):
         return {"rollout/retried_requests": Sum(2.0)}
@@ -23,6 +33,23 @@ class Remembered(HFEngine):
     def close(self):
         self.closed += 1
         super().close()
+
+
+@pytest.fixture
+def parts_of():
+    """What `build` makes of a recipe's settings."""
+    made = []
+
+    def parts(settings):
+        runtime = Runtime.create(seed=0, output=None)
+        made.append(runtime.close)
+        built = build(load_recipe(settings), runtime)
+        made.extend([built.phases.close, built.score.close, built.log.close, built.engine.close])
+        return built
+
+    yield parts
+    for close in reversed(made):
+        close()
 
 
 @pytest.fixture
@@ -63,3 +90,60 @@ def test_an_engine_is_given_the_policys_weights_again_and_its_counts_are_logged(
     assert all(torch.equal(seen[name], policy[name]) for name in policy)
     lines = read_metrics(tmp_path / "run")
     assert [line.get("rollout/retried_requests") for line in lines] == [2.0, 2.0]
+
+
+def test_a_plan_asks_the_critic_in_its_range_and_beside_an_engine_that_is_awake(
+    settings, engines, parts_of
+):
+    settings["algorithm"] = {"name": "grpo", "group_size": 4, "allocation": "failures"}
+    settings["critic"] = {"name": "prompt_value", "reward_range": [-1.0, 3.0]}
+    parts = parts_of(settings)
+    assert parts.plan.reward_range == (-1.0, 3.0)
+    trajectories, _ = parts.plan.rollout(parts.engine, parts.prompts, parts.score, seed=0)
+    batch = collate(trajectories, length_limit=parts.plan.length_limit)
+    parts.critic.observe(parts.actor.annotate(batch, reference=False))  # now it has a context
+    before = engines[0].slept
+    assert len(parts.plan.prompt_values(parts.prompts.take(3))) == 3
+    assert engines[0].slept == before
+
+
+def stored(path, token, **about):
+    said = Trajectory(
+        prompt=Prompt(id="p", token_ids=(2,), source="?"),
+        response_ids=(token,),
+        action_mask=(True,),
+        sampler_logprobs=(-1.0,),
+        finish=Finish.STOP,
+        group=0,
+        reward=1.0,
+    )
+    write_rollouts(path, [said], about)
+    return {"name": "dapo_step", "rollouts": str(path), "step_tokens": 1}
+
+
+def test_stored_responses_are_replayed_in_an_order_of_the_runs_seed(settings, parts_of, tmp_path):
+    settings["algorithm"] = stored(tmp_path / "stored.parquet", token=3)
+    settings["run"]["seed"] = 7
+    parts = parts_of(settings)
+    assert parts.plan.seed == 7
+    assert len(parts.plan.stored) == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "about", "message"),
+    [
+        (
+            3,
+            {"vocabulary": "of another", "model": "org/other"},
+            "sampled by org/other with another",
+        ),
+        (9999, {}, "has token 9999"),
+    ],
+)
+def test_stored_responses_of_another_vocabulary_are_refused_before_an_engine_is_built(
+    settings, engines, parts_of, tmp_path, token, about, message
+):
+    settings["algorithm"] = stored(tmp_path / "stored.parquet", token, **about)
+    with pytest.raises(DataError, match=message):
+        parts_of(settings)
+    assert engines == []
