@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from llmac.models.loading import LanguageModel
 from llmac.models.packing import (
     PackedRows,
     micro_batches,
-    minibatch_rows,
+    minibatches,
     pack,
     packed_micro_batches,
 )
@@ -87,12 +87,17 @@ class Actor:
         return self._policy.model
 
     def annotate(self, batch: Batch, *, reference: bool) -> Rollouts:
-        """The batch with log-probs of the policy as it is now, and of the reference if asked for."""
-        return Rollouts.of(
+        """The batch with log-probs of the policy as it is now, and of the reference if asked for.
+
+        Replayed rows keep the log-probs they were sampled with.
+        """
+        rollouts = Rollouts.of(
             batch,
             old_logprobs=self._logprobs(batch),
             ref_logprobs=self._reference_logprobs(batch) if reference else None,
         )
+        old = torch.where(rollouts.replayed[:, None], batch.sampler_logprobs, rollouts.old_logprobs)
+        return replace(rollouts, old_logprobs=old)
 
     def update(
         self, rollouts: Rollouts, credit: Credit, algorithm: Algorithm
@@ -103,11 +108,9 @@ class Actor:
             ConsistencyError: on the first micro-batch, before anything was learned, the importance ratio is not 1.
         """
         metrics: dict[str, Measure] = {}
-        parts = minibatch_rows(len(rollouts.trajectories), self._minibatches)
         for epoch in range(self._epochs):
-            for number, index in enumerate(parts):
-                part = rollouts.rows(index)
-                part_credit = credit.rows(index, part.response_ids.shape[1])
+            parts = minibatches(rollouts, credit, self._minibatches)
+            for number, (part, part_credit) in enumerate(parts):
                 metrics = combine(
                     metrics,
                     self._step(part, part_credit, algorithm, on_policy=epoch == 0 and number == 0),
@@ -180,7 +183,7 @@ class Actor:
         )
 
     def _check_ratio(self, logprobs: Tensor, rollouts: Rollouts) -> None:
-        mask = rollouts.action_mask
+        mask = rollouts.action_mask & ~rollouts.replayed[:, None]
         gap = float(
             ((logprobs - rollouts.old_logprobs).abs() * mask).sum() / mask.sum().clamp(min=1)
         )

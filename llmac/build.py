@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,12 @@ def build(
     plan = algorithm.plan(prompts_per_step=share, sampling=sampling_of(recipe))
     if isinstance(plan, NeedsRollouts):
         _hand_over(plan, recipe, runtime)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
     if isinstance(plan, ReadsText):
-        plan.decode = lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
+        plan.decode = decode
     engine = _engine(
         recipe, tokenizer, runtime, longest=_longest(recipe, runtime, prompts, held_out)
     )
@@ -152,6 +156,7 @@ def build(
         plan=plan,
         prompts=stream,
         score=rewards,
+        decode=decode,
         held_out=held_out,
         runtime=runtime,
         phases=Phases(runtime.rank, recipe.run.watchdog_seconds),
@@ -324,6 +329,8 @@ def _learners(
         prompt_states=partial(actor.hidden, beside_engine=True),
         engine=engine,
         score=rewards,
+        sampling=sampling_of(recipe),
+        seed=recipe.run.seed,
         pad_id=pad_id,
         minibatches=recipe.actor.minibatches,
         max_tokens_per_microbatch=recipe.actor.max_tokens_per_microbatch,

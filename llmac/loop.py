@@ -18,15 +18,18 @@ from llmac.core.diagnostics import critic_health
 from llmac.core.measures import Max, Mean, Metrics, Sum
 from llmac.core.protocols import (
     Critic,
+    Decode,
     Metered,
     NeedsRollouts,
     Observer,
+    OffersResponses,
     RolloutEngine,
     RolloutPlan,
     SamplingParams,
     Stateful,
 )
-from llmac.core.types import Prompt, Rollouts, Trajectory
+from llmac.core.spans import span_values
+from llmac.core.types import Prompt, Rollouts, Trajectory, Values
 from llmac.data.prompts import PromptStream
 from llmac.engines.probe import (
     LOW_PRECISION_TOLERANCE,
@@ -44,6 +47,10 @@ from llmac.runtime.phases import Phases
 from llmac.schedule import PolicySchedule
 
 logger = logging.getLogger(__name__)
+
+SAMPLED = "rollout/sampled_tokens"
+"""All that a step sampled. A plan that samples more than its rows, or replays, says so itself; a critic that samples
+adds its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +93,7 @@ class Parts:
     plan: RolloutPlan
     prompts: PromptStream
     score: Rewards
+    decode: Decode
     held_out: HeldOut | None
     runtime: Runtime
     phases: Phases
@@ -147,8 +155,16 @@ def train(run: Run, parts: Parts) -> None:
 
         # 3. Value: V(s) exactly where the algorithm wants it. No critic, no values.
         with phase("values"):
+            sampled = describe(rollouts)
             asked = critic if algorithm.uses_values else None
-            values = asked.values(rollouts, algorithm.segments(rollouts)) if asked else None
+            readable = {"decode": parts.decode} if algorithm.reads_text else {}
+            values = (
+                asked.values(rollouts, algorithm.segments(rollouts, **readable)) if asked else None
+            )
+            if values and isinstance(asked, OffersResponses) and asked.offers:
+                rollouts, values = with_offered(asked.responses(), rollouts, values, parts)
+            if isinstance(asked, Metered):
+                log.add(asked.metrics())
 
         # 4. Credit: who deserves what. With the loss, this *is* the algorithm; pure, but for a memory it may keep.
         with phase("adv"):
@@ -180,7 +196,9 @@ def train(run: Run, parts: Parts) -> None:
             )
         moved = moved or moves
 
-        log.add(counts, credit.metrics, parts.score.metrics(), describe(rollouts))
+        log.add(counts, credit.metrics, parts.score.metrics(), sampled)
+        if SAMPLED not in counts and not replays:
+            log.add({SAMPLED: sampled["rollout/tokens"]})
         if isinstance(engine, Metered):
             log.add(engine.metrics())
         parts.completions.log(step, rollouts, credit)
@@ -284,13 +302,26 @@ def look_at_held_out(parts: Parts) -> None:
 
 
 def check_versions(trajectories: Sequence[Trajectory], version: int) -> None:
-    """Responses must come from the weights of the last sync."""
-    stale = [t for t in trajectories if t.policy_version != version]
+    """Responses must come from the weights of the last sync, but for those that are replayed."""
+    stale = [t for t in trajectories if t.policy_version != version and not t.age]
     if stale:
         raise ConsistencyError(
             f"{len(stale)} responses, the first to prompt {stale[0].prompt.id}, were sampled by weights of version "
             f"{stale[0].policy_version}, not {version}: the engine was not updated"
         )
+
+
+def with_offered(
+    offered: Sequence[Trajectory], rollouts: Rollouts, values: Values, parts: Parts
+) -> tuple[Rollouts, Values]:
+    """The step's rows and values with the responses behind them that a critic sampled on the way. Collective."""
+    # A rank without any looks at a row of its own, for the sake of the others, and drops it.
+    trajectories = offered or rollouts.trajectories[:1]
+    batch = collate(trajectories, length_limit=rollouts.length_limit)
+    more = parts.actor.annotate(batch, reference=parts.algorithm.uses_reference)
+    if not offered:
+        return rollouts, values
+    return rollouts.joined(more), values.joined(span_values(more))
 
 
 def describe(rollouts: Rollouts) -> Metrics:

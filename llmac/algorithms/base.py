@@ -136,6 +136,16 @@ class Algorithm:
         return self.kl_coef > 0
 
     @property
+    def reads_text(self) -> bool:
+        """Whether `segments` looks at text, and is given `decode=`."""
+        return False
+
+    @property
+    def plan_knows_values(self) -> bool:
+        """Whether the card's plan says what both ends of every row are worth (`value_span`)."""
+        return False
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether `policy_loss` must be given an entropy that carries a gradient."""
         return self.entropy_coef > 0

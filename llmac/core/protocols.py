@@ -19,6 +19,9 @@ from llmac.core.types import (
     identity,
 )
 
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens included."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -97,7 +100,7 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class Metered(Protocol):
-    """Has counts of its own to report: an engine over servers that may be lost."""
+    """Has counts of its own to report: an engine over servers that may be lost, a critic that samples."""
 
     def metrics(self) -> Metrics:
         """What happened since the last call."""
@@ -166,6 +169,21 @@ class Critic(Protocol):
 
 
 @runtime_checkable
+class OffersResponses(Protocol):
+    """A critic that sampled responses of its own, which may be trained on like the plan's."""
+
+    offers: bool
+    """Whether it does: the same on all ranks."""
+
+    def responses(self) -> list[Trajectory]:
+        """Those of the last `values`, scored: `fresh_from` where they begin, `value_span` what it said there.
+
+        Siblings of the row that they branch off: their `group` is that row's.
+        """
+        ...
+
+
+@runtime_checkable
 class Observer(Protocol):
     """A critic that learns from outcomes, not from targets: running means, values of prompts."""
 
@@ -202,8 +220,7 @@ class AsksPromptValues(Protocol):
 class ReadsText(Protocol):
     """A plan that must read what was sampled. `build` sets the attribute."""
 
-    decode: Callable[[Sequence[int]], str] | None
-    """Token ids to text, special tokens included."""
+    decode: Decode | None
 
 
 @runtime_checkable

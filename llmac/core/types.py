@@ -34,7 +34,8 @@ class Finish(StrEnum):
     LENGTH = "length"
     """Truncated: we stopped looking. The story goes on, and V(s_T) may be asked."""
     PAUSED = "paused"
-    """Truncated for this step only: the plan goes on with it in the next. It may have no reward yet."""
+    """Truncated in this row only: the plan goes on with it, in the next step (windows) or in other rows of this one
+    (edges of a tree). It may have no reward."""
 
 
 Messages = Sequence[Mapping[str, Any]]
@@ -75,11 +76,17 @@ class Trajectory:
     response_text: str = ""
     """Decoded once, when scored."""
     fresh_from: int = 0
-    """Response tokens before this index were trained on in an earlier step."""
+    """Response tokens before this index are trained on elsewhere: in an earlier step, or in another row of this one
+    (edges of a tree)."""
     policy_version: int = 0
     """Number of weight updates the engine had seen when it sampled this."""
     value_span: tuple[float, float] | None = None
-    """(V(start), V(end)) when the plan already knows them: tree edges. None: nobody knows yet."""
+    """(V(start), V(end)) when the plan already knows them: edges of a tree, from `fresh_from` to the end. None: nobody
+    knows yet."""
+    sibling_std: float | None = None
+    """Population standard deviation of V(end) over the edges of the same parent; None: not an edge of a tree."""
+    age: int = 0
+    """Steps since it was sampled. Above 0 it is replayed, and π_old is what the sampler said then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +117,7 @@ class Rollouts:
     group: Int[Tensor, "B"]
     sampler_logprobs: Float[Tensor, "B T"]
     old_logprobs: Float[Tensor, "B T"]
-    """π_old: the trainer's policy at collection. 0 where `action_mask` is False."""
+    """π_old: the trainer's policy at collection; in replayed rows, the sampler's. 0 where `action_mask` is False."""
     ref_logprobs: Float[Tensor, "B T"] | None
     """π_ref; None iff the algorithm has `uses_reference` = False."""
     length_limit: int
@@ -130,14 +137,19 @@ class Rollouts:
 
     @property
     def paused(self) -> Bool[Tensor, "B"]:
-        """Rows that go on in the next step; their outcome is not known yet."""
+        """Rows that go on elsewhere; they have no outcome of their own."""
         return torch.tensor([t.finish is Finish.PAUSED for t in self.trajectories])
 
     @property
     def fresh(self) -> Bool[Tensor, "B T"]:
-        """Tokens sampled in this step; those before were trained on in an earlier one."""
+        """Tokens that are this row's to train on; those before are trained on elsewhere."""
         first = torch.tensor([t.fresh_from for t in self.trajectories])
         return torch.arange(self.response_ids.shape[1]) >= first[:, None]
+
+    @property
+    def replayed(self) -> Bool[Tensor, "B"]:
+        """Rows that were sampled in an earlier step, by an earlier policy."""
+        return torch.tensor([t.age > 0 for t in self.trajectories])
 
     def rows(self, index: Int[Tensor, "R"]) -> "Rollouts":
         """The given rows, cut to the longest response among them."""
@@ -146,6 +158,11 @@ class Rollouts:
         return dataclasses.replace(
             cut, trajectories=tuple(self.trajectories[int(i)] for i in index)
         )
+
+    def joined(self, others: "Rollouts") -> "Rollouts":
+        """These rows and behind them the others, padded to the longest."""
+        both = self.trajectories + others.trajectories
+        return dataclasses.replace(_join(self, others), trajectories=both)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +175,10 @@ class Values:
     """Where a value is known: each True begins a segment."""
     bootstrap: Float[Tensor, "B"]
     """V(s_T) of truncated rows; 0 for terminated ones."""
+
+    def joined(self, others: "Values") -> "Values":
+        """Those of `Rollouts.joined`."""
+        return _join(self, others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +197,10 @@ class CriticTargets:
     def rows(self, index: Int[Tensor, "R"], width: int) -> "CriticTargets":
         """The given rows, cut to `width` tokens."""
         return _select(self, index, width)
+
+    def counting_nothing(self) -> "CriticTargets":
+        """The same rows, none of which is a lesson: what a rank without rows takes part with."""
+        return dataclasses.replace(self, value_mask=torch.zeros_like(self.value_mask))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +228,10 @@ class Credit:
             cut, critic_targets=targets.rows(index, width) if targets else None
         )
 
+    def counting_nothing(self) -> "Credit":
+        """The same rows, none of which counts: what a rank without rows takes part with."""
+        return dataclasses.replace(self, policy_mask=torch.zeros_like(self.policy_mask))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
@@ -223,4 +252,20 @@ def _select(rows: Rows, index: Tensor, width: int) -> Rows:
         value = getattr(rows, entry.name)  # the fields of a dataclass are named only at run time
         if isinstance(value, Tensor):
             changes[entry.name] = value[index, :width] if value.dim() == 2 else value[index]
+    return dataclasses.replace(rows, **changes)  # type: ignore[type-var]
+
+
+def _join(rows: Rows, others: Rows) -> Rows:
+    """`dataclasses.replace` with [B, ...] tensors one behind the other, [B, T] ones padded with 0 to the wider."""
+    changes: dict[str, Tensor] = {}
+    for entry in dataclasses.fields(rows):  # type: ignore[arg-type]
+        parts = getattr(rows, entry.name), getattr(others, entry.name)
+        if not isinstance(parts[0], Tensor):
+            continue
+        if parts[0].dim() == 2:
+            width = max(part.shape[1] for part in parts)
+            parts = tuple(
+                torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts
+            )
+        changes[entry.name] = torch.cat(parts)
     return dataclasses.replace(rows, **changes)  # type: ignore[type-var]

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from llmac.core.protocols import Critic, RolloutEngine, Scorer
+from llmac.core.protocols import Critic, RolloutEngine, SamplingParams, Scorer
 from llmac.models.loading import ModelSpec
 from llmac.models.policy import TokenPolicy
 from llmac.models.value_model import HiddenStates
@@ -32,6 +32,10 @@ class CriticBench:
     """For critics that sample continuations."""
     score: Scorer
     """For critics that ask for rewards."""
+    sampling: SamplingParams | None = None
+    """How the run samples responses, for critics that continue them; None: nothing can be sampled."""
+    seed: int = 0
+    """Of the run."""
     pad_id: int
     minibatches: int
     """Optimizer steps a pass, unless the critic says otherwise."""

@@ -21,7 +21,7 @@ from llmac.critics.target_network import TargetNetwork
 from llmac.models.packing import (
     PackedRows,
     micro_batches,
-    minibatch_rows,
+    minibatches,
     pack,
     packed_micro_batches,
 )
@@ -128,9 +128,7 @@ class HeadCritic:
         if self._config.normalization != "none":
             metrics = self._renormalize(targets)
         for _ in range(self._config.epochs):
-            for index in minibatch_rows(len(rollouts.trajectories), self._minibatches):
-                part = rollouts.rows(index)
-                part_targets = targets.rows(index, part.response_ids.shape[1])
+            for part, part_targets in minibatches(rollouts, targets, self._minibatches):
                 metrics = combine(metrics, self._step(part, part_targets))
         return metrics
 

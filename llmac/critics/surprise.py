@@ -25,7 +25,7 @@ from llmac.critics.bench import CriticBench
 from llmac.critics.outcomes import mean_outcome
 from llmac.critics.refusals import refuse_range, refuse_unless
 from llmac.errors import CheckpointError
-from llmac.models.packing import minibatch_rows
+from llmac.models.packing import minibatches
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
 from llmac.runtime.saving import whole_weights
@@ -149,9 +149,7 @@ class Surprise:
         """`epochs` passes of cross-entropy towards the returns."""
         metrics: dict[str, Measure] = {}
         for _ in range(self._config.epochs):
-            for index in minibatch_rows(len(rollouts.trajectories), self._config.minibatches):
-                part = rollouts.rows(index)
-                wanted = targets.rows(index, part.response_ids.shape[1])
+            for part, wanted in minibatches(rollouts, targets, self._config.minibatches):
                 metrics = combine(metrics, self._step(part, wanted))
         return metrics
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from llmac.core.types import Trajectory
+from llmac.core.types import Rollouts, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +105,35 @@ def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> lis
     return [torch.tensor(batch) for batch in batches]
 
 
-def minibatch_rows(rows: int, minibatches: int) -> list[Tensor]:
+class OfRows(Protocol):
+    """What is known of rows besides the rows: `Credit`, `CriticTargets`."""
+
+    def rows(self, index: Tensor, width: int) -> Self:
+        """Of the given rows, cut to `width` tokens."""
+        ...
+
+    def counting_nothing(self) -> Self:
+        """Of rows that are only looked at."""
+        ...
+
+
+Known = TypeVar("Known", bound=OfRows)
+
+
+def minibatches(rollouts: Rollouts, known: Known, count: int) -> Iterator[tuple[Rollouts, Known]]:
     """Contiguous, near-equal parts of a rank's rows; prompts are already in random order.
 
     With prompts dealt to ranks in turn, part m of every rank together is part m of one process: the sharding law
-    holds for minibatches too.
+    holds for minibatches too. Every rank has `count` parts: where it has fewer rows, its first row, which then counts
+    nothing, takes part in those of others.
+
+    Args:
+        rollouts: at least one row.
+        known: what is learned of them.
+        count: optimizer steps a pass.
     """
-    return [part for part in torch.arange(rows).tensor_split(minibatches) if len(part)]
+    for index in torch.arange(len(rollouts.trajectories)).tensor_split(count):
+        taken = index if len(index) else torch.tensor([0])
+        part = rollouts.rows(taken)
+        of_part = known.rows(taken, part.response_ids.shape[1])
+        yield part, of_part if len(index) else of_part.counting_nothing()

@@ -1,8 +1,12 @@
 """Rows say where each state's hidden vector is; micro-batches hold every row once, within the budget."""
 
+from dataclasses import replace
+
 import torch
 
-from llmac.models.packing import micro_batches, pack, row_tokens
+from llmac.core.collate import collate
+from llmac.core.types import Credit, Rollouts
+from llmac.models.packing import micro_batches, minibatches, pack, row_tokens
 
 
 def test_a_state_sits_at_its_last_token(ragged):
@@ -42,3 +46,14 @@ def test_micro_batches_hold_every_row_once_within_the_budget(make_trajectory):
 def test_a_row_longer_than_the_budget_stands_alone(make_trajectory):
     rows = [make_trajectory(range(2), range(2)), make_trajectory(range(30), range(30))]
     assert [batch.tolist() for batch in micro_batches(rows, max_tokens=10)] == [[0], [1]]
+
+
+def test_a_rank_with_fewer_rows_than_minibatches_takes_part_with_a_row_that_counts_nothing(
+    make_trajectory,
+):
+    batch = collate([replace(make_trajectory([1], [2, 3]), reward=1.0)], length_limit=8)
+    rollouts = Rollouts.of(batch, old_logprobs=batch.sampler_logprobs)
+    credit = Credit(advantages=batch.rewards, policy_mask=batch.action_mask)
+    parts = list(minibatches(rollouts, credit, 3))
+    assert [len(part.trajectories) for part, _ in parts] == [1, 1, 1]
+    assert [int(of_part.policy_mask.sum()) for _, of_part in parts] == [2, 0, 0]
