@@ -126,3 +126,22 @@ def test_length_of_real_solutions(tokenizer):
     ]
     assert all((r == 0.0) == (n <= 384) for r, n in zip(judged, lengths, strict=True))
     assert min(judged) < 0.0 == max(judged)
+
+
+@pytest.mark.parametrize(
+    ("response", "solution", "reward"),
+    [
+        (r"so it is \boxed{0.5}", r"We get \boxed{\frac{1}{2}}.", 1.0),
+        (r"first \boxed{3}, no: \boxed{4}", r"\boxed{4}", 1.0),
+        (r"first \boxed{4}, no: \boxed{3}", r"\boxed{4}", 0.0),
+        (r"\boxed{x^{2}+1}", r"\boxed{1+x^2}", 1.0),
+        (r"\boxed{\text{even}}", r"\boxed{\text{even}}", 1.0),
+        (r"\boxed{\text{odd}}", r"\boxed{\text{even}}", 0.0),
+        ("4", r"\boxed{4}", 0.0),
+        (r"\boxed{4", r"\boxed{4}", 0.0),
+        (r"\boxed{" + "4" * 500 + "}", r"\boxed{4}", 0.0),
+        (r"\boxed{4}", "no answer is marked", None),
+    ],
+)
+def test_boxed_compares_the_last_box_as_mathematics(response, solution, reward):
+    assert shipped("boxed")("?", response, solution) == reward
