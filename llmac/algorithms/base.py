@@ -141,6 +141,15 @@ class Algorithm:
         return False
 
     @property
+    def averages_kl(self) -> bool:
+        """Whether the KL in the loss is averaged like the policy term.
+
+        False: `credit` fills `Credit.kl_weight` with what the KL of each token weighs against the
+        policy term, and nothing else reads it.
+        """
+        return True
+
+    @property
     def plan_knows_values(self) -> bool:
         """Whether the card's plan says what both ends of every row are worth (`value_span`)."""
         return False
@@ -232,7 +241,7 @@ class Algorithm:
             per_token = per_token * credit.importance
         if credit.likelihood is not None:
             per_token = per_token - credit.likelihood * logprobs
-        if credit.kl_weight is not None:
+        if credit.kl_weight is not None and self.averages_kl:
             reference = _reference(self, rollouts).masked_fill(~mask, 0.0)
             per_token = per_token + credit.kl_weight * kl_estimate(logprobs, reference, "k3+")
         total, weight = self._aggregate(per_token, rollouts, mask)
@@ -249,7 +258,8 @@ class Algorithm:
         if self.kl_coef and self.kl_placement == "loss":
             reference = _reference(self, rollouts).masked_fill(~mask, 0.0)
             kl = kl_estimate(logprobs, reference, self.kl_estimator)
-            kl_total, _ = self._aggregate(kl, rollouts, mask)
+            weighed = kl if credit.kl_weight is None or self.averages_kl else kl * credit.kl_weight
+            kl_total, _ = self._aggregate(weighed, rollouts, mask)
             total = total + self.kl_coef * kl_total
             metrics["actor/ref_kl"] = mean_over(kl, mask)
             metrics["actor/kl_loss"] = Mean(kl_total.detach(), weight)
@@ -266,10 +276,16 @@ class Algorithm:
         return Loss(total=total, weight=weight, metrics=metrics)
 
     def policy_mask(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
-        """Tokens that enter the policy loss."""
+        """Tokens that enter the policy loss: sampled, and not trained on in another step or row.
+
+        With `mask_truncated`, none of a response that the length limit has cut; a paused one is
+        not cut.
+        """
+        mask = rollouts.action_mask & rollouts.fresh
         if not self.mask_truncated:
-            return rollouts.action_mask
-        return rollouts.action_mask & ~rollouts.truncated[:, None]
+            return mask
+        cut = rollouts.truncated & ~rollouts.paused
+        return mask & ~cut[:, None]
 
     def shaped_rewards(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """Rewards of each token, minus kl_coef · KL(π_old || π_ref) if that is its place."""
@@ -292,9 +308,14 @@ class Algorithm:
         sum_across: AllSum,
         critic_targets: CriticTargets | None = None,
         metrics: Metrics | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
     ) -> Credit:
-        """Advantages with what every card adds: mask, sampler-vs-trainer weights, metrics."""
-        mask = self.policy_mask(rollouts)
+        """Advantages with what every card adds: mask, sampler-vs-trainer weights, metrics.
+
+        `mask` is what enters the policy loss where a card wants less than its `policy_mask`.
+        """
+        if mask is None:
+            mask = self.policy_mask(rollouts)
         advantages = advantages.masked_fill(~mask, 0.0)
         watched: dict[str, Measure] = {
             "critic/advantages/mean": mean_over(advantages, mask),
@@ -311,7 +332,7 @@ class Algorithm:
             importance = importance_weights(
                 rollouts.old_logprobs,
                 rollouts.sampler_logprobs,
-                mask,
+                self.policy_mask(rollouts),
                 level=level,  # type: ignore[arg-type]
                 kind=kind,  # type: ignore[arg-type]
                 low=self.mismatch_low,
