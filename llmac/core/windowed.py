@@ -5,24 +5,24 @@ Nobody waits for the longest response of a step. T-PPO's rollouts, arXiv:2506.15
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from llmac.core.growing import continued, refuse_blind_stops
 from llmac.core.measures import Mean, Measure, Sum
+from llmac.core.plain_trajectory import from_plain, plain, refuse_what_cannot_be_saved
 from llmac.core.plans import ask, request_seed
 from llmac.core.protocols import (
-    Completion,
     PromptSource,
     Request,
     RolloutEngine,
     SamplingParams,
     Scorer,
 )
-from llmac.core.types import AllSum, Finish, Prompt, Trajectory, identity
+from llmac.core.types import AllSum, Finish, Trajectory, identity
 
 
 @dataclass(kw_only=True)
@@ -124,18 +124,18 @@ class Windowed:
 
     def state(self) -> dict[str, Any]:
         """The unfinished responses with their prompts, as plain data."""
-        return {"unfinished": [_plain(t) for t in self._unfinished], "groups": self._groups}
+        return {"unfinished": [plain(t) for t in self._unfinished], "groups": self._groups}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
-        self._unfinished = [_from_plain(entry) for entry in state["unfinished"]]
+        self._unfinished = [from_plain(entry) for entry in state["unfinished"]]
         self._groups = state["groups"]
 
     def _fill(self, prompts: PromptSource, sum_across: AllSum) -> None:
         missing = max(0, self.responses_per_step - len(self._unfinished))
         lacking = -(-missing // self.group_size)
         for prompt in prompts.take(_largest(lacking, self.responses_per_step, sum_across)):
-            _refuse_what_cannot_be_saved(prompt)
+            refuse_what_cannot_be_saved(prompt, kept="an unfinished response")
             empty = Trajectory(
                 prompt=prompt,
                 response_ids=(),
@@ -150,11 +150,8 @@ class Windowed:
     def _continue(
         self, engine: RolloutEngine, begun: Sequence[Trajectory], seed: int
     ) -> list[Trajectory]:
-        if self.sampling.stop and self.decode is None and self.window_tokens < self.length_limit:
-            raise ValueError(
-                f"stop strings {list(self.sampling.stop)} may begin in one window and end in the "
-                "next, which only text shows; set `decode` of the plan, or stop at token ids"
-            )
+        if self.window_tokens < self.length_limit:
+            refuse_blind_stops(self.sampling, self.decode, part="window")
         requests = [
             Request(
                 prompt_ids=(*t.prompt.token_ids, *t.response_ids),
@@ -168,44 +165,17 @@ class Windowed:
             for number, t in enumerate(begun)
         ]
         return [
-            self._grown(t, completion, asked=request.params.max_new_tokens)
+            continued(
+                t,
+                completion,
+                asked=request.params.max_new_tokens,
+                sampling=self.sampling,
+                decode=self.decode,
+            )
             for t, request, (completion,) in zip(
                 begun, requests, ask(engine, requests), strict=True
             )
         ]
-
-    def _grown(self, before: Trajectory, completion: Completion, *, asked: int) -> Trajectory:
-        fresh_from = len(before.response_ids)
-        tokens = (*before.response_ids, *completion.token_ids)
-        finish, length = completion.finish, self._stop_place(tokens, fresh_from)
-        if length is not None:
-            finish = Finish.STOP
-        elif finish is Finish.LENGTH and fresh_from + asked < self.length_limit:
-            # An engine that stopped short of what it was asked for has no room to go on.
-            finish = Finish.PAUSED if len(completion.token_ids) == asked else Finish.LENGTH
-        return dataclasses.replace(
-            before,
-            response_ids=tokens[:length],
-            action_mask=(True,) * len(tokens[:length]),
-            sampler_logprobs=(*before.sampler_logprobs, *completion.logprobs)[:length],
-            finish=finish,
-            fresh_from=fresh_from,
-            policy_version=completion.policy_version,
-        )
-
-    def _stop_place(self, tokens: tuple[int, ...], fresh_from: int) -> int | None:
-        """Length at which a stop string is complete that the engine could not see; None: there is none."""
-        decode = self.decode
-        if decode is None or not self.sampling.stop or fresh_from == 0:
-            return None
-
-        def has_stop(length: int) -> bool:
-            text = decode(tokens[:length])
-            return any(stop in text for stop in self.sampling.stop)
-
-        if not has_stop(len(tokens)):
-            return None
-        return next(n for n in range(fresh_from + 1, len(tokens) + 1) if has_stop(n))
 
     def _windows(self, length: int) -> int:
         return max(1, math.ceil(length / self.window_tokens))
@@ -216,52 +186,3 @@ def _largest(count: int, most: int, sum_across: AllSum) -> int:
     said = torch.zeros(most + 1, dtype=torch.int64)
     said[count] = 1
     return int(sum_across(said).nonzero().max())
-
-
-def _plain(trajectory: Trajectory) -> dict[str, Any]:
-    prompt = trajectory.prompt
-    return {
-        "prompt": prompt.id,
-        "prompt_ids": torch.tensor(prompt.token_ids, dtype=torch.int64),
-        "source": prompt.source,
-        "columns": dict(prompt.columns),
-        "response_ids": torch.tensor(trajectory.response_ids, dtype=torch.int64),
-        "sampler_logprobs": torch.tensor(trajectory.sampler_logprobs, dtype=torch.float64),
-        "group": trajectory.group,
-    }
-
-
-def _from_plain(entry: Mapping[str, Any]) -> Trajectory:
-    return Trajectory(
-        prompt=Prompt(
-            id=entry["prompt"],
-            token_ids=tuple(entry["prompt_ids"].tolist()),
-            source=entry["source"],
-            columns=entry["columns"],
-        ),
-        response_ids=tuple(entry["response_ids"].tolist()),
-        action_mask=(True,) * len(entry["response_ids"]),
-        sampler_logprobs=tuple(entry["sampler_logprobs"].tolist()),
-        finish=Finish.PAUSED,
-        group=entry["group"],
-    )
-
-
-def _refuse_what_cannot_be_saved(prompt: Prompt) -> None:
-    for name, value in {"prompt": prompt.source, **prompt.columns}.items():
-        if not _is_plain(value):
-            raise ValueError(
-                f"column {name} of prompt {prompt.id} holds a {type(value).__name__}; an unfinished "
-                "response is saved with the columns of its prompt, which may be numbers, text, and "
-                "lists and dictionaries of these; turn it into text"
-            )
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        pairs = cast("dict[object, object]", value).items()
-        return all(_is_plain(x) for pair in pairs for x in pair)
-    if isinstance(value, list | tuple):
-        return all(_is_plain(x) for x in cast("Sequence[object]", value))
-    # By type, not isinstance: numpy's float64 is a float, and is saved as something else.
-    return value is None or type(value) in (bool, int, float, str, bytes, Tensor)
