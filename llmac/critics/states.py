@@ -1,17 +1,19 @@
 """States whose true values are known: sampled by the policy, judged by many continuations of each."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llmac.core.collate import collate
-from llmac.core.protocols import Completion, Request, RolloutEngine, SamplingParams, Scorer
+from llmac.core.continuations import State, merged
+from llmac.core.protocols import RolloutEngine, SamplingParams, Scorer
 from llmac.core.types import Prompt, Rollouts, Trajectory
-from llmac.errors import ConfigError, DataError, EngineError, RewardError
+from llmac.critics.continuing import continued
+from llmac.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -149,11 +151,10 @@ def sample_states(
     position = torch.tensor(
         [len(t.response_ids) * index // depths for t in trajectories for index in range(depths)]
     )
-    places = list(zip(row.tolist(), position.tolist(), strict=True))
-    outcomes = _continue(
+    places = zip(row.tolist(), position.tolist(), strict=True)
+    outcomes = _outcomes(
         engine,
-        trajectories,
-        places,
+        [State(origin=trajectories[index], position=at) for index, at in places],
         score,
         sampling,
         rollouts=rollouts,
@@ -191,25 +192,21 @@ def _respond(
     sampling: SamplingParams,
     seed: int,
 ) -> list[Trajectory]:
-    requests = [
-        Request(prompt_ids=p.token_ids, params=replace(sampling, n=n, seed=_seed(seed, index)))
-        for index, (p, n) in enumerate(chosen)
-    ]
-    return score(
-        [
-            _trajectory(prompt, (), completion, group)
-            for group, ((prompt, n), completions) in enumerate(
-                zip(chosen, _generate(engine, requests), strict=True)
-            )
-            for completion in completions
-        ]
+    siblings = continued(
+        engine,
+        [State.before(prompt, group) for group, (prompt, _) in enumerate(chosen)],
+        score,
+        sampling=sampling,
+        counts=[n for _, n in chosen],
+        tokens=[sampling.max_new_tokens] * len(chosen),
+        seeds=[_seed(seed, index) for index in range(len(chosen))],
     )
+    return [trajectory for group in siblings for trajectory in group]
 
 
-def _continue(
+def _outcomes(
     engine: RolloutEngine,
-    trajectories: Sequence[Trajectory],
-    places: Sequence[tuple[int, int]],
+    states: Sequence[State],
     score: Scorer,
     sampling: SamplingParams,
     *,
@@ -218,84 +215,32 @@ def _continue(
     seed: int,
     told: Told,
 ) -> Tensor:
-    """Returns [N, K] of continuations from each place (row, position)."""
-    keys = [(trajectories[row].group, trajectories[row].response_ids[:at]) for row, at in places]
+    """Returns [N, K] of continuations from each state."""
+    distinct, places = merged(states)
     # By length, so that those asked together are sampled together.
-    distinct = sorted(dict.fromkeys(keys), key=lambda key: len(key[1]))
-    prompts = {t.group: t.prompt for t in trajectories}
-    found: dict[tuple[int, tuple[int, ...]], list[float]] = {}
-    for part in _parts(distinct):
-        requests = [
-            Request(
-                prompt_ids=(*prompts[group].token_ids, *prefix),
-                params=replace(
-                    sampling,
-                    n=rollouts,
-                    max_new_tokens=sampling.max_new_tokens - len(prefix),
-                    # Other numbers than those of the responses: a state must not see its own future again.
-                    seed=_seed(seed + 1, len(found) + index),
-                ),
-            )
-            for index, (group, prefix) in enumerate(part)
-        ]
-        judged = score(
-            [
-                _trajectory(prompts[group], prefix, completion, len(found) + index)
-                for index, ((group, prefix), completions) in enumerate(
-                    zip(part, _generate(engine, requests), strict=True)
-                )
-                for completion in completions
-            ]
+    order = sorted(range(len(distinct)), key=lambda index: distinct[index].position)
+    found: dict[int, list[float]] = {}
+    for start in range(0, len(order), STATES_AT_ONCE):
+        members = order[start : start + STATES_AT_ONCE]
+        part = [distinct[index] for index in members]
+        judged = continued(
+            engine,
+            part,
+            score,
+            sampling=sampling,
+            counts=[rollouts] * len(part),
+            tokens=[sampling.max_new_tokens - state.position for state in part],
+            # Other numbers than those of the responses: a state must not see its own future again.
+            seeds=[_seed(seed + 1, start + index) for index in range(len(part))],
         )
-        for index, key in enumerate(part):
-            siblings = judged[index * rollouts : (index + 1) * rollouts]
-            found[key] = [_outcome(t, len(key[1]), gamma) for t in siblings]
+        for index, state, siblings in zip(members, part, judged, strict=True):
+            found[index] = [_discounted(t, state.position, gamma) for t in siblings]
         told(len(found), len(distinct))
-    return torch.tensor([found[key] for key in keys])
+    return torch.tensor([found[place] for place in places])
 
 
-def _parts(
-    distinct: Sequence[tuple[int, tuple[int, ...]]],
-) -> Iterator[Sequence[tuple[int, tuple[int, ...]]]]:
-    for start in range(0, len(distinct), STATES_AT_ONCE):
-        yield distinct[start : start + STATES_AT_ONCE]
-
-
-def _generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[list[Completion]]:
-    answers = engine.generate(requests)
-    wrong = [
-        (request.params.n, len(completions))
-        for request, completions in zip(requests, answers, strict=True)
-        if len(completions) != request.params.n
-    ]
-    if wrong:
-        raise EngineError(
-            f"the engine was asked for {wrong[0][0]} continuations of a state and returned {wrong[0][1]}"
-        )
-    return answers
-
-
-def _trajectory(
-    prompt: Prompt, prefix: tuple[int, ...], completion: Completion, group: int
-) -> Trajectory:
-    ids = (*prefix, *completion.token_ids)
-    return Trajectory(
-        prompt=prompt,
-        response_ids=ids,
-        action_mask=(True,) * len(ids),
-        # Of the prefix nobody asks.
-        sampler_logprobs=(0.0,) * len(prefix) + completion.logprobs,
-        finish=completion.finish,
-        group=group,
-        policy_version=completion.policy_version,
-    )
-
-
-def _outcome(trajectory: Trajectory, position: int, gamma: float) -> float:
-    if trajectory.reward is None:
-        raise RewardError(
-            f"the scorer gave the response to prompt {trajectory.prompt.id} no reward; a true value needs one"
-        )
+def _discounted(trajectory: Trajectory, position: int, gamma: float) -> float:
+    assert trajectory.reward is not None, "continued refuses others"
     return trajectory.reward * gamma ** (len(trajectory.response_ids) - position - 1)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from llmac.config.cards import card_class, card_fields, choose_algorithm, choose_critic
 from llmac.config.schema import ModelConfig
 from llmac.core.collate import collate
-from llmac.core.protocols import Observer
+from llmac.core.protocols import Observer, SamplingParams
 from llmac.core.types import CriticTargets, Finish, Prompt, Rollouts, Trajectory, Values
 from llmac.critics import CRITICS
 from llmac.critics.bench import CriticBench
@@ -62,6 +62,7 @@ def bench(tmp_path_factory):
         policy_states=hidden,
         engine=HFEngine(load_causal_lm(spec), tokenizer),
         score=lambda ts: [dataclasses.replace(t, reward=outcome(t.response_ids)) for t in ts],
+        sampling=SamplingParams(),
         pad_id=0,
         minibatches=2,
         max_tokens_per_microbatch=64,
