@@ -20,6 +20,7 @@ ALGORITHMS: dict[str, str] = {
     "grpo": "llmac.algorithms.grpo:GRPO",
     "dr_grpo": "llmac.algorithms.dr_grpo:DrGRPO",
     "dapo": "llmac.algorithms.dapo:DAPO",
+    "tempo": "llmac.algorithms.tempo:TEMPO",
     "rloo": "llmac.algorithms.rloo:RLOO",
     "reinforce_pp": "llmac.algorithms.reinforce_pp:ReinforcePP",
     "reinforce_pp_baseline": "llmac.algorithms.reinforce_pp:ReinforcePPBaseline",

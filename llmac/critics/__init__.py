@@ -3,7 +3,7 @@
 Heads on a language model: `value_head.py` (scalar) and `distribution_heads.py` are settings, `head_config.py` what they
 share, `head_critic.py` the live critic behind all of them. Of log-probs only: `surprise.py`. Of prompts only:
 `baselines.py` (nothing is learned) and `prompt_value.py` (`in_context.py` learns), on what `outcomes.py` finds. By
-sampling: `monte_carlo.py`, on `continuing.py`. Of siblings that share a prefix: `prefix_tree.py`. Values are in the unit
+sampling: `monte_carlo.py`, on `continuing.py`. Of siblings that begin alike: `prefix_tree.py`. Values are in the unit
 of the rewards, at the positions asked, and do not look at the action that follows: `group_mean` and `prefix_tree` alone
 contain the response's own outcome. To add one: a frozen dataclass with its settings (`refusals.py` says what cannot
 work) and a method `build(...)`, and one line below; a new head also needs its place in `models/value_heads.py`. How
