@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from llmac.actor import Actor
 from llmac.algorithms.base import Algorithm
+from llmac.balance import balanced
 from llmac.completions import CompletionLog
 from llmac.core.collate import collate
 from llmac.core.diagnostics import critic_health
@@ -145,6 +146,7 @@ def train(run: Run, parts: Parts) -> None:
                 seed=seed_of(run.seed, step, runtime.rank),
                 sum_across=runtime.sum,
             )
+            trajectories, evenness = balanced(trajectories, parts.plan, runtime)
         if not replays:
             check_versions(trajectories, engine.policy_version)
 
@@ -196,7 +198,7 @@ def train(run: Run, parts: Parts) -> None:
             )
         moved = moved or moves
 
-        log.add(counts, credit.metrics, parts.score.metrics(), sampled)
+        log.add(counts, evenness, credit.metrics, parts.score.metrics(), sampled)
         if SAMPLED not in counts and not replays:
             log.add({SAMPLED: sampled["rollout/tokens"]})
         if isinstance(engine, Metered):

@@ -217,6 +217,14 @@ class AsksPromptValues(Protocol):
 
 
 @runtime_checkable
+class Uneven(Protocol):
+    """A plan that may give one rank much more to learn from than another. The loop then moves groups between ranks."""
+
+    uneven: bool
+    """Its rows differ from rank to rank: the same on all ranks."""
+
+
+@runtime_checkable
 class ReadsText(Protocol):
     """A plan that must read what was sampled. `build` sets the attribute."""
 
