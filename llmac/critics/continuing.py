@@ -27,7 +27,7 @@ class CountingScorer(Scorer, Protocol):
         ...
 
 
-def continued(
+def continue_states(
     engine: RolloutEngine,
     states: Sequence[State],
     score: Scorer,

@@ -18,7 +18,7 @@ from llmac.core.measures import Mean, Measure, Metrics, Sum
 from llmac.core.protocols import SamplingParams, Scorer
 from llmac.core.types import CriticTargets, Finish, Rollouts, Trajectory, Values
 from llmac.critics.bench import CriticBench
-from llmac.critics.continuing import CountingScorer, continued
+from llmac.critics.continuing import CountingScorer, continue_states
 from llmac.critics.refusals import refuse_infinite, refuse_range, refuse_unless
 from llmac.errors import ConfigError
 
@@ -196,7 +196,7 @@ class MonteCarlo:
         if self._training and self._judge:
             self._judge.step = self._training.step
         while True:
-            more = continued(
+            more = continue_states(
                 self._engine,
                 states,
                 self._score,

@@ -12,7 +12,7 @@ from llmac.core.collate import collate
 from llmac.core.continuations import State, merged
 from llmac.core.protocols import RolloutEngine, SamplingParams, Scorer
 from llmac.core.types import Prompt, Rollouts, Trajectory
-from llmac.critics.continuing import continued
+from llmac.critics.continuing import continue_states
 from llmac.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _respond(
     sampling: SamplingParams,
     seed: int,
 ) -> list[Trajectory]:
-    siblings = continued(
+    siblings = continue_states(
         engine,
         [State.before(prompt, group) for group, (prompt, _) in enumerate(chosen)],
         score,
@@ -223,7 +223,7 @@ def _outcomes(
     for start in range(0, len(order), STATES_AT_ONCE):
         members = order[start : start + STATES_AT_ONCE]
         part = [distinct[index] for index in members]
-        judged = continued(
+        judged = continue_states(
             engine,
             part,
             score,
@@ -240,7 +240,7 @@ def _outcomes(
 
 
 def _discounted(trajectory: Trajectory, position: int, gamma: float) -> float:
-    assert trajectory.reward is not None, "continued refuses others"
+    assert trajectory.reward is not None, "continue_states refuses others"
     return trajectory.reward * gamma ** (len(trajectory.response_ids) - position - 1)
 
 

@@ -1,10 +1,15 @@
 """A token world small enough to know everything about it."""
 
 import itertools
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+
+from llmac.core.protocols import Completion, Request
+from llmac.core.types import Finish, Trajectory
 
 
 class ExactWorld:
@@ -111,3 +116,38 @@ class ExactWorld:
         total.index_add_(0, world.decision[world.mask], (chance * x)[world.mask])
         weight.index_add_(0, world.decision[world.mask], chance[world.mask])
         return (total / weight)[world.decision.clamp(min=0)].where(world.mask, 0.0)
+
+
+class WorldEngine:
+    """A `RolloutEngine` whose policy is a world's, and the scorer of its responses; prompts are of one token."""
+
+    def __init__(self, world: ExactWorld) -> None:
+        self.world, self.policy_version = world, 0
+        self.asked: list[list[Request]] = []
+        self.judged: list[Trajectory] = []
+        self._policy = world.logits.detach().softmax(dim=-1).tolist()
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        self.asked.append(list(requests))
+        return [[self._walk(request, k) for k in range(request.params.n)] for request in requests]
+
+    def _walk(self, request: Request, k: int) -> Completion:
+        dice = random.Random((request.params.seed or 0) * 1000 + k)
+        before = tokens = request.prompt_ids[1:]
+        while len(tokens) - len(before) < request.params.max_new_tokens:
+            weights = self._policy[self.world.row[tokens]]
+            tokens = (*tokens, *dice.choices(range(self.world.symbols), weights))
+            if self.world.ended(tokens):
+                break
+        stopped = tokens[-1] == self.world.stop
+        return Completion(
+            token_ids=tokens[len(before) :],
+            logprobs=(-1.0,) * (len(tokens) - len(before)),
+            finish=Finish.STOP if stopped else Finish.LENGTH,
+            policy_version=self.policy_version,
+        )
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Rewards are those that arrive with the last token."""
+        self.judged += trajectories
+        return [replace(t, reward=self.world.reward(t.response_ids)) for t in trajectories]
