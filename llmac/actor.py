@@ -13,13 +13,7 @@ from llmac.core.measures import Measure, combine
 from llmac.core.types import Batch, Credit, Loss, Rollouts
 from llmac.errors import ConsistencyError
 from llmac.models.loading import LanguageModel
-from llmac.models.packing import (
-    PackedRows,
-    micro_batches,
-    minibatches,
-    pack,
-    packed_micro_batches,
-)
+from llmac.models.packing import PackedRows, Packing, minibatches
 from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner
@@ -46,10 +40,9 @@ class Actor:
         runtime: Runtime,
         *,
         reference: Reference | None,
-        pad_id: int,
+        packing: Packing,
         epochs: int,
         minibatches: int,
-        max_tokens_per_microbatch: int,
         ratio_tolerance: float,
         sync_bucket_bytes: int = BUCKET_BYTES,
         engine_dtype: torch.dtype | None = None,
@@ -61,10 +54,9 @@ class Actor:
             learner: takes the optimizer steps.
             runtime: the process group.
             reference: needed by algorithms with `uses_reference`.
-            pad_id: any token id; padding is never looked at.
+            packing: how rows become inputs; policy and reference must be able to read them.
             epochs: passes over the step's rollouts.
             minibatches: optimizer steps per pass.
-            max_tokens_per_microbatch: bound on rows x longest row, prompt and padding included.
             ratio_tolerance: how far the first importance ratio of a step may be from 1 (on-policy check).
             sync_bucket_bytes: memory that `weights` may take above the shards.
             engine_dtype: `weights` come in it; None: in the policy's.
@@ -73,10 +65,9 @@ class Actor:
         self._learner = learner
         self._runtime = runtime
         self._reference = reference
-        self._pad_id = pad_id
+        self._packing = packing
         self._epochs = epochs
         self._minibatches = minibatches
-        self._max_tokens = max_tokens_per_microbatch
         self._ratio_tolerance = ratio_tolerance
         self._sync_bucket_bytes = sync_bucket_bytes
         self._engine_dtype = engine_dtype
@@ -169,7 +160,7 @@ class Actor:
         def loss_of(module: nn.Module, index: Tensor) -> Loss:
             part = rollouts.rows(index)
             width = part.response_ids.shape[1]
-            rows = pack(part.trajectories, pad_id=self._pad_id).to(self._runtime.device)
+            rows = self._packing.pack(part.trajectories).to(self._runtime.device)
             logprobs, entropy = module(rows, entropy_gradient=algorithm.needs_entropy)
             logprobs, entropy = logprobs.cpu(), entropy.cpu()
             if first.pop() if first else False:
@@ -177,7 +168,7 @@ class Actor:
             return algorithm.policy_loss(logprobs, part, credit.rows(index, width), entropy=entropy)
 
         return self._learner.update(
-            micro_batches(rollouts.trajectories, max_tokens=self._max_tokens),
+            self._packing.micro_batches(rollouts.trajectories),
             loss_of,
             algorithm.loss_weight(rollouts, credit),
         )
@@ -204,11 +195,7 @@ class Actor:
 
     def _logprobs(self, batch: Batch, other: nn.Module | None = None) -> Tensor:
         """Of the trained policy, or of the `other`."""
-        micro = list(
-            packed_micro_batches(
-                batch.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
-            )
-        )
+        micro = list(self._packing.packed(batch.trajectories))
         result = torch.zeros(batch.response_ids.shape)
         seen = self._learner.look(
             lambda module, rows: (other or module)(rows.to(self._runtime.device))[0].cpu(),

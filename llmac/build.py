@@ -47,6 +47,7 @@ from llmac.models.loading import (
     torch_dtype,
     train_in_full_mode,
 )
+from llmac.models.packing import Packing
 from llmac.models.policy import TokenPolicy
 from llmac.pretraining.file import rollouts_in
 from llmac.rewards.contracts import RewardSpec
@@ -332,6 +333,7 @@ def _learners(
         sampling=sampling_of(recipe),
         seed=recipe.run.seed,
         pad_id=pad_id,
+        packing=recipe.actor.packing,
         minibatches=recipe.actor.minibatches,
         max_tokens_per_microbatch=recipe.actor.max_tokens_per_microbatch,
         steps=recipe.run.steps,
@@ -361,12 +363,16 @@ def _actor(
     model = base if spec.lora is None else add_lora(base, spec.lora)
     train_in_full_mode(model, gradient_checkpointing=spec.gradient_checkpointing)
     policy = as_policy(model)
+    packing = Packing(
+        kind=settings.packing, max_tokens=settings.max_tokens_per_microbatch, pad_id=pad_id
+    ).fitting(model)
     reference: Reference | None = None
     if algorithm.uses_reference and isinstance(model, PeftModel) and spec.reference is None:
         reference = Reference(None, model.disable_adapter)
     elif algorithm.uses_reference:
         with runtime.loading(torch_dtype(spec)):
             frozen = load_causal_lm(spec, spec.reference)
+        packing = packing.fitting(frozen)
         reference = Reference(runtime.freeze(as_policy(frozen), compute_dtype=compute_dtype))
     learning_steps = (recipe.run.steps - recipe.run.critic_warmup_steps) // recipe.run.policy_every
     if learning_steps <= 0:
@@ -389,10 +395,9 @@ def _actor(
         learner,
         runtime,
         reference=reference,
-        pad_id=pad_id,
+        packing=packing,
         epochs=settings.epochs,
         minibatches=settings.minibatches,
-        max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
         ratio_tolerance=recipe.run.ratio_tolerance,
         sync_bucket_bytes=recipe.rollout.sync_bucket_mb << 20,
         engine_dtype=_engine_dtype(recipe),

@@ -28,6 +28,7 @@ from llmac.critics.states import States, Told, check_numbers, sample_states
 from llmac.errors import CheckpointError, ConfigError, DataError
 from llmac.loop import Parts
 from llmac.models.loading import load_tokenizer, pad_token_id, torch_dtype
+from llmac.models.packing import Packing
 from llmac.models.value_heads import HEAD_FILE
 from llmac.models.value_model import ValueModel
 from llmac.outputs import make_room_for, make_writable
@@ -243,8 +244,11 @@ def _live(chosen: Path | Choice, run: SavedRun, parts: Parts) -> Critic:
     return FrozenCritic(
         ValueModel.from_pretrained(chosen, dtype=torch_dtype(spec)),
         parts.runtime,
-        pad_id=pad_token_id(load_tokenizer(spec)),
-        max_tokens_per_microbatch=run.recipe.actor.max_tokens_per_microbatch,
+        packing=Packing(
+            kind=run.recipe.actor.packing,
+            max_tokens=run.recipe.actor.max_tokens_per_microbatch,
+            pad_id=pad_token_id(load_tokenizer(spec)),
+        ),
         compute_dtype=torch.bfloat16 if spec.compute_dtype else None,
     )
 

@@ -8,7 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from llmac.core.protocols import Critic, RolloutEngine, SamplingParams, Scorer
-from llmac.models.loading import ModelSpec
+from llmac.models.loading import LanguageModel, ModelSpec
+from llmac.models.packing import Kind, Packing
 from llmac.models.policy import TokenPolicy
 from llmac.models.value_model import HiddenStates
 from llmac.runtime.context import Runtime
@@ -37,6 +38,8 @@ class CriticBench:
     seed: int = 0
     """Of the run."""
     pad_id: int
+    packing: Kind = "padded"
+    """The recipe's `actor.packing`."""
     minibatches: int
     """Optimizer steps a pass, unless the critic says otherwise."""
     max_tokens_per_microbatch: int
@@ -44,6 +47,13 @@ class CriticBench:
     """Steps of the run: the end of the critic's schedule."""
     compute_dtype: torch.dtype | None
     before_learning: Callable[[], None]
+
+    def packing_for(self, trunk: LanguageModel) -> Packing:
+        """How a critic on this trunk packs its rows."""
+        packing = Packing(
+            kind=self.packing, max_tokens=self.max_tokens_per_microbatch, pad_id=self.pad_id
+        )
+        return packing.fitting(trunk)
 
 
 @runtime_checkable

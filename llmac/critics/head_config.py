@@ -196,9 +196,8 @@ class HeadConfig(Optimization, ABC):
             learner,
             bench.runtime,
             self,
-            pad_id=bench.pad_id,
+            packing=bench.packing_for(model.backbone),
             minibatches=minibatches,
-            max_tokens_per_microbatch=bench.max_tokens_per_microbatch,
             fresh_head=fresh_head,
             target=target,
         )

@@ -18,13 +18,7 @@ from llmac.core.value_heads import Learned, Lesson, Scalar
 from llmac.critics.outcomes import mean_outcome
 from llmac.critics.scatter import values_of
 from llmac.critics.target_network import TargetNetwork
-from llmac.models.packing import (
-    PackedRows,
-    micro_batches,
-    minibatches,
-    pack,
-    packed_micro_batches,
-)
+from llmac.models.packing import PackedRows, Packing, minibatches
 from llmac.models.value_heads import normalize, save_head, start_at
 from llmac.models.value_model import ValueModel
 from llmac.runtime.context import Runtime
@@ -75,9 +69,8 @@ class HeadCritic:
         runtime: Runtime,
         config: Teaching,
         *,
-        pad_id: int,
+        packing: Packing,
         minibatches: int,
-        max_tokens_per_microbatch: int,
         fresh_head: bool,
         target: TargetNetwork | None = None,
     ) -> None:
@@ -88,9 +81,8 @@ class HeadCritic:
             learner: takes the optimizer steps.
             runtime: the process group.
             config: settings.
-            pad_id: any token id; padding is never looked at.
+            packing: how rows become inputs; the trunk must be able to read them.
             minibatches: optimizer steps a pass.
-            max_tokens_per_microbatch: bound on rows x longest row.
             fresh_head: the head was never trained; start it at the mean reward.
             target: a copy that follows the model slowly and is asked in its place.
         """
@@ -98,9 +90,8 @@ class HeadCritic:
         self._learner = learner
         self._runtime = runtime
         self._config = config
-        self._pad_id = pad_id
+        self._packing = packing
         self._minibatches = minibatches
-        self._max_tokens = max_tokens_per_microbatch
         self._fresh_head = fresh_head
         self._target = target
         self._moments = Moments()
@@ -109,11 +100,7 @@ class HeadCritic:
         """V(s_t) where `starts`, and V(s_T) for truncated rows."""
         if self._fresh_head:
             self._start_at(rollouts)
-        micro = list(
-            packed_micro_batches(
-                rollouts.trajectories, max_tokens=self._max_tokens, pad_id=self._pad_id
-            )
-        )
+        micro = list(self._packing.packed(rollouts.trajectories))
 
         def ask(module: nn.Module, packed: PackedRows) -> Tensor:
             asked = module if self._target is None else self._target.module
@@ -205,11 +192,11 @@ class HeadCritic:
         def loss_of(module: nn.Module, index: Tensor) -> Loss:
             part = rollouts.rows(index)
             wanted = targets.rows(index, part.response_ids.shape[1])
-            rows = pack(part.trajectories, pad_id=self._pad_id).to(self._runtime.device)
+            rows = self._packing.pack(part.trajectories).to(self._runtime.device)
             return self._loss(module(rows, raw=True), part, wanted)
 
         metrics = self._learner.update(
-            micro_batches(rollouts.trajectories, max_tokens=self._max_tokens),
+            self._packing.micro_batches(rollouts.trajectories),
             loss_of,
             aggregation_weight(targets.value_mask, "token_mean"),
         )

@@ -1,33 +1,51 @@
-"""Trajectories to model inputs: right-padded rows, and micro-batches that respect a token budget."""
+"""Trajectories to model inputs, and micro-batches that respect a token budget: padded, side by side, or as a trie."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmac.core.types import Rollouts, Trajectory
+from llmac.models import trie
+from llmac.models.tree_attention import Paths, arguments, follow_paths, logger, why_not
+from llmac.models.trie import Trie
+
+Kind = Literal["auto", "trie", "varlen", "padded"]
+
+WORTH_SHARING = 0.8
+"""`auto` makes a trie of rows if it has at most this part of their padded tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRows:
-    """Prompt + response rows, padded on the right.
+    """Prompt + response rows as a model reads them.
 
-    With causal attention a real token never looks at padding that comes after it, so no attention mask is needed and
-    the fast causal kernels apply.
+    Padded: one row after the other, padded on the right. With causal attention a real token never looks at padding
+    that comes after it, so no attention mask is needed and the fast causal kernels apply.
+
+    Along paths: one sequence of nodes, through which rows run; several rows may have a state in common.
     """
 
     input_ids: Tensor
-    """[b, L]"""
+    """[b, L], or [1, N] nodes."""
     states: Tensor
-    """[b, T+1] where the hidden vector of s_t sits in the flattened [b * L]; the last state of the row beyond T_i."""
+    """[b, T+1] where the hidden vector of s_t sits in the flattened `input_ids`; the last state of the row beyond
+    T_i."""
     response_ids: Tensor
     """[b, T]"""
     action_mask: Tensor
     """[b, T] tokens the policy sampled."""
     lengths: Tensor
     """[b] response tokens T_i."""
+    paths: Paths | None = None
+    """Who looks at whom; None: padded rows."""
+
+    def inputs(self) -> dict[str, Any]:
+        """What to call a transformers model with."""
+        along = {} if self.paths is None else arguments(self.paths)
+        return {"input_ids": self.input_ids, "use_cache": False, **along}
 
     def to(self, device: torch.device) -> "PackedRows":
         """The same rows on another device."""
@@ -37,7 +55,74 @@ class PackedRows:
             response_ids=self.response_ids.to(device),
             action_mask=self.action_mask.to(device),
             lengths=self.lengths.to(device),
+            paths=None if self.paths is None else self.paths.to(device),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How rows become model inputs. Changes speed and memory, never what is said of a row or learned from it."""
+
+    kind: Kind = "padded"
+    """`trie`: each distinct (prefix, token) once; `varlen`: rows side by side without padding; `padded`; `auto`: a trie
+    where that saves a fifth of the padded tokens."""
+    max_tokens: int
+    """Bound on the tokens of a micro-batch: distinct ones in a trie, else rows x longest row or their sum. A longer row
+    stands alone."""
+    pad_id: int
+    """Any token id; padding is never looked at."""
+
+    def fitting(self, *models: nn.Module) -> "Packing":
+        """This packing if all models can read it, else a padded one; their attention is made ready for it.
+
+        A model that cannot is named in the log.
+        """
+        if self.kind == "padded":
+            return self
+        for model in models:
+            reason = why_not(model)
+            if reason is not None:
+                logger.info(
+                    "%s reads padded rows, prefixes are not shared: %s", _name(model), reason
+                )
+                return replace(self, kind="padded")
+        for model in models:
+            follow_paths(model)
+        return self
+
+    def micro_batches(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        """Row indices of micro-batches within the budget. Every row is in exactly one."""
+        kind = self.kind
+        if kind == "auto":
+            batches = micro_batches(trajectories, max_tokens=self.max_tokens)
+            padded = sum(_padded([trajectories[i] for i in batch.tolist()]) for batch in batches)
+            if trie.distinct_tokens(_ids(trajectories)) > WORTH_SHARING * padded:
+                return batches
+            kind = "trie"
+        if kind == "padded":
+            return micro_batches(trajectories, max_tokens=self.max_tokens)
+        if kind == "varlen":
+            return _side_by_side(trajectories, max_tokens=self.max_tokens)
+        begins = [len(t.prompt.token_ids) for t in trajectories]
+        found = trie.bins(_ids(trajectories), begins, max_tokens=self.max_tokens)
+        return [torch.tensor(rows) for rows in found]
+
+    def pack(self, trajectories: Sequence[Trajectory]) -> PackedRows:
+        """The given trajectories, one of `micro_batches`; results come in their order."""
+        kind = self.kind
+        if kind == "auto":
+            padded = _padded(trajectories)
+            worth = trie.distinct_tokens(_ids(trajectories)) <= WORTH_SHARING * padded
+            too_wide = padded > self.max_tokens and len(trajectories) > 1
+            kind = "trie" if worth or too_wide else "padded"
+        if kind == "padded":
+            return pack(trajectories, pad_id=self.pad_id)
+        return pack_along_paths(trajectories, pad_id=self.pad_id, share=kind == "trie")
+
+    def packed(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[Tensor, PackedRows]]:
+        """Each micro-batch: which rows it holds, and the rows packed."""
+        for index in self.micro_batches(trajectories):
+            yield index, self.pack([trajectories[int(row)] for row in index])
 
 
 def row_tokens(trajectory: Trajectory) -> int:
@@ -50,36 +135,42 @@ def pack(trajectories: Sequence[Trajectory], *, pad_id: int) -> PackedRows:
 
     The hidden vector of s_t (prompt + response[:t]) is that of its last token: position P - 1 + t of the row.
     """
-    rows = len(trajectories)
-    length = max(row_tokens(t) for t in trajectories)
+    rows = nn.utils.rnn.pad_sequence(
+        [torch.tensor(ids) for ids in _ids(trajectories)], batch_first=True, padding_value=pad_id
+    )
+    return _asked(trajectories, rows, torch.arange(rows.numel()).view_as(rows), pad_id=pad_id)
+
+
+def pack_along_paths(
+    trajectories: Sequence[Trajectory], *, pad_id: int, share: bool = True
+) -> PackedRows:
+    """The given trajectories as a trie, or side by side without sharing anything."""
+    grown = Trie.of(_ids(trajectories), share=share)
+    rows = _asked(trajectories, grown.tokens[None], grown.paths, pad_id=pad_id)
+    return replace(rows, paths=Paths.of(grown))
+
+
+def _asked(
+    trajectories: Sequence[Trajectory], input_ids: Tensor, places: Tensor, *, pad_id: int
+) -> PackedRows:
+    """Rows whose token j is at `places[row, j]` of the flattened input."""
     width = max(len(t.response_ids) for t in trajectories)
-    input_ids = torch.full((rows, length), pad_id, dtype=torch.long)
-    response_ids = torch.full((rows, width), pad_id, dtype=torch.long)
-    action_mask = torch.zeros((rows, width), dtype=torch.bool)
+    response_ids = torch.full((len(trajectories), width), pad_id, dtype=torch.long)
+    action_mask = torch.zeros((len(trajectories), width), dtype=torch.bool)
+    for row, trajectory in enumerate(trajectories):
+        length = len(trajectory.response_ids)
+        response_ids[row, :length] = torch.tensor(trajectory.response_ids, dtype=torch.long)
+        action_mask[row, :length] = torch.tensor(trajectory.action_mask, dtype=torch.bool)
     prompt_tokens = torch.tensor([len(t.prompt.token_ids) for t in trajectories])
     lengths = torch.tensor([len(t.response_ids) for t in trajectories])
-    for row, trajectory in enumerate(trajectories):
-        ids = torch.tensor(trajectory.prompt.token_ids + trajectory.response_ids)
-        input_ids[row, : len(ids)] = ids
-        response_ids[row, : lengths[row]] = ids[prompt_tokens[row] :]
-        action_mask[row, : lengths[row]] = torch.tensor(trajectory.action_mask, dtype=torch.bool)
     steps = torch.minimum(torch.arange(width + 1)[None], lengths[:, None])
-    states = torch.arange(rows)[:, None] * length + prompt_tokens[:, None] - 1 + steps
     return PackedRows(
         input_ids=input_ids,
-        states=states,
+        states=places.gather(1, prompt_tokens[:, None] - 1 + steps),
         response_ids=response_ids,
         action_mask=action_mask,
         lengths=lengths,
     )
-
-
-def packed_micro_batches(
-    trajectories: Sequence[Trajectory], *, max_tokens: int, pad_id: int
-) -> Iterator[tuple[Tensor, PackedRows]]:
-    """Each micro-batch of `micro_batches`: which rows it holds, and the rows packed."""
-    for index in micro_batches(trajectories, max_tokens=max_tokens):
-        yield index, pack([trajectories[int(row)] for row in index], pad_id=pad_id)
 
 
 def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> list[Tensor]:
@@ -103,6 +194,33 @@ def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> lis
         else:
             batches.append([row])
     return [torch.tensor(batch) for batch in batches]
+
+
+def _side_by_side(trajectories: Sequence[Trajectory], *, max_tokens: int) -> list[Tensor]:
+    """Micro-batches whose tokens together stay within the budget, rows of similar length together."""
+    sizes = [row_tokens(t) for t in trajectories]
+    batches: list[list[int]] = []
+    used = 0
+    for row in sorted(range(len(sizes)), key=lambda i: (sizes[i], i)):
+        used += sizes[row]
+        if not batches or used > max_tokens:
+            batches.append([])
+            used = sizes[row]
+        batches[-1].append(row)
+    return [torch.tensor(batch) for batch in batches]
+
+
+def _ids(trajectories: Sequence[Trajectory]) -> list[tuple[int, ...]]:
+    return [(*t.prompt.token_ids, *t.response_ids) for t in trajectories]
+
+
+def _padded(trajectories: Sequence[Trajectory]) -> int:
+    return len(trajectories) * max(map(row_tokens, trajectories))
+
+
+def _name(model: nn.Module) -> str:
+    inner = getattr(model, "get_base_model", lambda: model)()  # inside a peft wrapper
+    return type(inner).__name__
 
 
 class OfRows(Protocol):

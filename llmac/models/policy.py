@@ -1,9 +1,8 @@
 """The module that is trained: a causal language model that answers with log-probabilities of given responses."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -14,6 +13,7 @@ from llmac.errors import ConfigError
 from llmac.models.loading import LanguageModel
 from llmac.models.logprobs import Projection, token_logprobs
 from llmac.models.packing import PackedRows
+from llmac.models.path_probe import check_paths, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class TokenPolicy(nn.Module):
         self.chunk_mb = chunk_mb
         self.vocabulary = int(_output_layer(causal_lm(model)).out_features)
         self._chunked: bool | None = None
+        self._follows_paths = False
 
     def forward(
         self,
@@ -53,20 +54,24 @@ class TokenPolicy(nn.Module):
         With `hidden_only` instead (the backbone's hidden vectors, flattened [b * L, H]; an empty tensor): for a critic
         on this trunk, which must come in by the front door where the weights are sharded.
         """
+        if rows.paths is not None and not self._follows_paths:
+            # Here and not earlier: a sharded model has its weights only inside its forward pass.
+            self._check_paths(rows.input_ids.device)
         if hidden_only:
-            hidden = self._hidden(rows.input_ids, split=True)
+            hidden = self._hidden(rows.inputs(), split=True)
             return hidden, hidden.new_empty(0)
         if self._chunked is None:
-            # Here and not earlier: a sharded model has its weights only inside its forward pass.
             self._chunked = _projects_like_its_own_forward(self, rows.input_ids.device)
         mask = rows.action_mask
-        states = rows.states[:, : mask.shape[1]][mask]
-        hidden = self._hidden(rows.input_ids, split=self._chunked)[states]
+        # Rows with a state and a token in common ask about them once.
+        nodes, place = rows.states[:, 1:][mask].unique(return_inverse=True)
+        states = torch.empty_like(nodes).scatter_(0, place, rows.states[:, :-1][mask])
+        hidden = self._hidden(rows.inputs(), split=self._chunked).index_select(0, states)
 
         def chosen_by(project: Projection) -> tuple[Tensor, Tensor]:
             return token_logprobs(
                 hidden,
-                rows.response_ids[mask],
+                rows.input_ids.flatten()[nodes],
                 project,
                 vocabulary=self.vocabulary,
                 temperature=self.temperature if temperature is None else temperature,
@@ -82,18 +87,22 @@ class TokenPolicy(nn.Module):
         else:
             chosen, entropy = chosen_by(nn.Identity())
         blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        chosen, entropy = chosen.index_select(0, place), entropy.index_select(0, place)
         return blank.masked_scatter(mask, chosen), blank.masked_scatter(mask, entropy)
 
-    def _hidden(self, input_ids: Tensor, *, split: bool) -> Tensor:
+    def _check_paths(self, device: torch.device) -> None:
+        def hidden_of(rows: PackedRows) -> Tensor:
+            return self._hidden(rows.inputs(), split=True)
+
+        check_paths(causal_lm(self.model), hidden_of, device, vocabulary=self.vocabulary)
+        self._follows_paths = True
+
+    def _hidden(self, inputs: dict[str, Any], *, split: bool) -> Tensor:
         """Last hidden vectors, flattened [b * L, H]; logits [b * L, V] unless the model can be `split`."""
         language_model = causal_lm(self.model)
         if split:
-            states = language_model.base_model(
-                input_ids=input_ids, use_cache=False
-            ).last_hidden_state
-        else:
-            states = language_model(input_ids=input_ids, use_cache=False).logits
-        return states.flatten(0, 1)
+            return language_model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+        return language_model(**inputs).logits.flatten(0, 1)
 
     def _capped(self, logits: Tensor) -> Tensor:
         config = causal_lm(self.model).config
@@ -139,10 +148,10 @@ def _projects_like_its_own_forward(policy: TokenPolicy, device: torch.device) ->
     """Whether backbone + output layer give the model's own logits; some architectures scale or cap in between."""
     language_model = causal_lm(policy.model)
     probe = torch.arange(4, device=device)[None] % policy.vocabulary
-    with _evaluating(language_model):
+    with evaluating(language_model):
         own = language_model(input_ids=probe, use_cache=False).logits.flatten(0, 1).float()
         try:
-            hidden = policy._hidden(probe, split=True)
+            hidden = policy._hidden({"input_ids": probe, "use_cache": False}, split=True)
             split = policy._capped(_output_layer(language_model)(hidden)).float()
         except (AttributeError, TypeError) as reason:
             logger.info(
@@ -158,13 +167,3 @@ def _projects_like_its_own_forward(policy: TokenPolicy, device: torch.device) ->
         type(language_model).__name__,
     )
     return False
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)

@@ -10,6 +10,7 @@ from transformers import AutoModel
 from llmac.errors import CheckpointError
 from llmac.models.loading import LanguageModel
 from llmac.models.packing import PackedRows
+from llmac.models.path_probe import check_paths
 from llmac.models.value_heads import HeadSpec, build_head, load_head, saved_spec
 
 HiddenStates = Callable[[PackedRows], Tensor]
@@ -40,6 +41,7 @@ class ValueModel(nn.Module):
         else:
             self._borrowed = (backbone,)
         self._states = states
+        self._follows_paths = False
         self.spec = spec or HeadSpec()
         self.head = build_head(backbone.config.get_text_config().hidden_size, self.spec)
 
@@ -54,15 +56,27 @@ class ValueModel(nn.Module):
         With `raw` what they are made from instead: the outputs [b, T+1, E, N] of the E heads.
         """
         if self._states is None:
-            hidden = self._trunk(input_ids=rows.input_ids, use_cache=False).last_hidden_state
-            states = hidden.flatten(0, 1)
+            if rows.paths is not None and not self._follows_paths:
+                self._check_paths(rows.input_ids.device)
+            hidden = self._hidden(rows)
         else:
-            states = self._states(rows)
-        outputs = self.head(states[rows.states])
+            hidden = self._states(rows)
+        # States that rows have in common are judged once.
+        asked, place = rows.states.unique(return_inverse=True)
+        judged = self.head(hidden.index_select(0, asked))
+        outputs = judged.index_select(0, place.flatten()).unflatten(0, place.shape)
         if raw:
             return outputs
         with torch.autocast(outputs.device.type, enabled=False):
             return self.spec.values(outputs)
+
+    def _hidden(self, rows: PackedRows) -> Tensor:
+        return self._trunk(**rows.inputs()).last_hidden_state.flatten(0, 1)
+
+    def _check_paths(self, device: torch.device) -> None:
+        config = self._trunk.config.get_text_config()
+        check_paths(self._trunk, self._hidden, device, vocabulary=config.vocab_size)
+        self._follows_paths = True
 
     def copy_on(
         self, backbone: LanguageModel, *, states: HiddenStates | None = None

@@ -56,6 +56,7 @@ def critic_of(recipe: Recipe, runtime: Runtime, *, pad_id: int, steps: int) -> L
         engine=nobody,
         score=nobody,
         pad_id=pad_id,
+        packing=recipe.actor.packing,
         minibatches=recipe.actor.minibatches,
         max_tokens_per_microbatch=recipe.actor.max_tokens_per_microbatch,
         steps=steps,

@@ -22,6 +22,7 @@ from llmac.critics.head_critic import HeadCritic
 from llmac.critics.head_start import adapted
 from llmac.critics.value_head import ValueHeadConfig
 from llmac.models.loading import add_lora
+from llmac.models.packing import Packing
 from llmac.models.policy import TokenPolicy
 from llmac.models.value_model import ValueModel
 from llmac.rewards.loader import resolve
@@ -84,7 +85,7 @@ class Job:
         return [part for part in (self.actor, self.critic) if part is not None]
 
 
-def build(runtime, tokens, *, algorithm, options=None, lora=False, trunk="own"):
+def build(runtime, tokens, *, algorithm, options=None, lora=False, trunk="own", packing="padded"):
     """The same weights on every rank and in every job."""
     torch.manual_seed(5)
     config = Qwen2Config(
@@ -123,10 +124,9 @@ def build(runtime, tokens, *, algorithm, options=None, lora=False, trunk="own"):
         Learner(trained, optimization, name="actor", **settings),
         runtime,
         reference=reference,
-        pad_id=0,
+        packing=Packing(kind=packing, max_tokens=tokens, pad_id=0).fitting(model),
         epochs=2,
         minibatches=2,
-        max_tokens_per_microbatch=tokens,
         ratio_tolerance=1e-4,
     )
     if not card.default_critic:
@@ -142,6 +142,7 @@ def build(runtime, tokens, *, algorithm, options=None, lora=False, trunk="own"):
         engine=None,
         score=None,
         pad_id=0,
+        packing=packing,
         minibatches=2,
         max_tokens_per_microbatch=tokens,
         steps=2,

@@ -1,0 +1,150 @@
+"""Rows that share prefixes as one trie: each distinct (prefix, token) is one node, nodes in depth-first order.
+
+Sorted rows are met in depth-first order, so that a row needs to add only what it does not share with the row before
+it, and every subtree is an interval of nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trie:
+    """N nodes, each with a token, and where the rows run through them."""
+
+    tokens: Tensor
+    """[N] token of each node."""
+    depths: Tensor
+    """[N] tokens before it on its path: its position."""
+    ends: Tensor
+    """[N] the first node behind its subtree: k lies on the path to q (or is q) iff k <= q < ends[k]."""
+    paths: Tensor
+    """[rows, longest] nodes of each row; behind the row's end, 0."""
+    lengths: Tensor
+    """[rows] tokens."""
+    shared: Tensor
+    """[rows] the tokens at its beginning that an earlier row brought; the others follow each other as nodes, too."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Ids], *, share: bool = True) -> "Trie":
+        """The trie of some rows, in any order, of at least one token each.
+
+        Args:
+            rows: token ids.
+            share: False: every row has nodes of its own, and the trie is a bundle of lines.
+
+        >>> Trie.of([(5, 6, 7), (5, 6, 8)]).paths
+        tensor([[0, 1, 2],
+                [0, 1, 3]])
+        """
+        order, shared = depth_first(rows)
+        if not share:
+            shared = [0] * len(rows)
+        lengths = torch.tensor([len(row) for row in rows])
+        paths = torch.zeros((len(rows), int(lengths.max())), dtype=torch.long)
+        tokens: list[int] = []
+        last = order[0]
+        behind = torch.zeros(len(rows), dtype=torch.long)
+        for row, known in zip(order, shared, strict=True):
+            paths[row, :known] = paths[last, :known]
+            own = rows[row][known:]
+            paths[row, known : known + len(own)] = torch.arange(len(tokens), len(tokens) + len(own))
+            tokens.extend(own)
+            behind[row] = len(tokens)
+            last = row
+        inside = torch.arange(paths.shape[1]) < lengths[:, None]
+        nodes = paths[inside]
+        depths, ends = torch.zeros(2, len(tokens), dtype=torch.long)
+        depths[nodes] = torch.arange(paths.shape[1]).expand_as(paths)[inside]
+        ends.scatter_reduce_(0, nodes, behind[:, None].expand_as(paths)[inside], "amax")
+        brought = torch.zeros_like(lengths)
+        brought[torch.tensor(order)] = torch.tensor(shared)
+        return cls(
+            tokens=torch.tensor(tokens),
+            depths=depths,
+            ends=ends,
+            paths=paths,
+            lengths=lengths,
+            shared=brought,
+        )
+
+
+def depth_first(rows: Sequence[Ids]) -> tuple[list[int], list[int]]:
+    """Rows sorted by their tokens, and how many tokens each then shares with the one before it.
+
+    >>> depth_first([(1, 3), (1, 2, 4), (1, 2)])
+    ([2, 1, 0], [0, 2, 1])
+    """
+    order = sorted(range(len(rows)), key=lambda row: rows[row])
+    pairs = pairwise(order)
+    return order, [0, *(common_prefix(rows[a], rows[b]) for a, b in pairs)]
+
+
+def common_prefix(one: Ids, other: Ids) -> int:
+    """Tokens that both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # by halves: comparing slices is faster than comparing tokens
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def distinct_tokens(rows: Sequence[Ids]) -> int:
+    """Nodes of the rows' trie, without making it."""
+    _, shared = depth_first(rows)
+    return sum(map(len, rows)) - sum(shared)
+
+
+def bins(rows: Sequence[Ids], begins: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Rows dealt into tries of at most `max_tokens` nodes, neighbours together.
+
+    A row costs the tokens it does not share with the row before it. Where a bin is full, the next row begins another
+    and brings its prefix along; a row longer than the budget stands alone. A family of rows that begin alike stays
+    together if the bin it would be torn between is half full already.
+
+    Args:
+        rows: token ids.
+        begins: length of each row's prompt: rows are a family with the row before them if they share it all.
+        max_tokens: the budget.
+
+    Returns:
+        Row numbers, every one in exactly one bin.
+
+    >>> bins([(1, 2, 3), (1, 2, 4), (1, 2, 5)], [2, 2, 2], max_tokens=4)
+    [[0, 1], [2]]
+    """
+    order, shared = depth_first(rows)
+    found: list[list[int]] = []
+    used = 0
+    for family in _families(order, shared, begins):
+        together = sum(len(rows[row]) - known for row, known in family)
+        torn = bool(found) and used + together > max_tokens
+        apart = torn and 2 * used >= max_tokens
+        for row, known in family:
+            cost = len(rows[row]) - known
+            if not found or apart or used + cost > max_tokens:
+                found.append([])
+                used, cost, apart = 0, len(rows[row]), False
+            found[-1].append(row)
+            used += cost
+    return found
+
+
+def _families(
+    order: list[int], shared: list[int], begins: Sequence[int]
+) -> list[list[tuple[int, int]]]:
+    families: list[list[tuple[int, int]]] = []
+    for row, known in zip(order, shared, strict=True):
+        if not families or known < begins[row]:
+            families.append([])
+        families[-1].append((row, known))
+    return families
