@@ -23,7 +23,7 @@ from llmac.core.measures import Last, Measure
 from llmac.core.plans import Flat
 from llmac.core.protocols import RolloutPlan, SamplingParams
 from llmac.core.returns import segment_gae
-from llmac.core.segments import every_n
+from llmac.core.segments import after_ends, every_n
 from llmac.core.stored import Stored
 from llmac.core.types import AllSum, Credit, Rollouts, Values, identity
 
@@ -259,11 +259,7 @@ def after_tokens(
     tensor([[ True, False,  True, False, False]])
     """
     ends = torch.isin(response_ids, torch.tensor(token_ids, device=response_ids.device))
-    ends = (ends & action_mask).long()
-    # A token's step is the number of ends before it; a step starts where that number is new.
-    step = (ends.cumsum(dim=1) - ends).masked_fill(~action_mask, -1)
-    before = torch.cat([torch.full_like(step[:, :1], -1), step[:, :-1]], dim=1).cummax(dim=1).values
-    return action_mask & (step > before)
+    return after_ends(ends, action_mask)
 
 
 def _sum_in_steps(

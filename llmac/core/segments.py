@@ -1,7 +1,7 @@
 """Where a value is asked: each True begins a segment for `returns.segment_gae`.
 
-Every segmenter marks the first action token, so that each action token belongs to a segment, and
-marks action tokens only.
+Every segmenter marks action tokens only, and the first of a response, so that each belongs to a
+segment (`low_probability` may leave it out). Those that read text are in `text_segments.py`.
 """
 
 import torch
@@ -43,11 +43,18 @@ def every_n(action_mask: Bool[Tensor, "B T"], n: int) -> Bool[Tensor, "B T"]:
 
 
 def low_probability(
-    logprobs: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], *, threshold: float
+    logprobs: Float[Tensor, "B T"],
+    action_mask: Bool[Tensor, "B T"],
+    *,
+    threshold: float,
+    interval: int = 1,
+    first: bool = True,
 ) -> Bool[Tensor, "B T"]:
-    """A segment from each action token that was in doubt, besides the first.
+    """A segment from every `interval`-th action token that was in doubt.
 
-        starts_t = action_mask_t and (π(a_t|s_t) < threshold or t is the first action token)
+        doubt_t = action_mask_t and π(a_t|s_t) < threshold
+        starts_t = doubt_t and (number of doubts before t is a multiple of interval)
+                   or first and t is the first action token
 
     The value is read before such a token, so the segment's advantage is what this decision was
     worth together with the near-certain tokens after it. SPO: Guo et al. 2025, arXiv:2505.23564.
@@ -59,9 +66,62 @@ def low_probability(
             is False.
         action_mask: True = sampled by the policy.
         threshold: probability; 0.9 in SPO.
+        interval: cut at each, every second, ... token in doubt, from the first on; 5 in SPO.
+        first: whether the first action token begins a segment even if it was not in doubt. False in
+            SPO: tokens before the first cut are in no segment, and have no advantage.
 
-    >>> logprobs, action_mask = torch.tensor([[.95, .5, .99]]).log(), torch.tensor([[True] * 3])
+    >>> logprobs = torch.tensor([[.95, .5, .99, .2, .3]]).log()
+    >>> action_mask = torch.ones(1, 5, dtype=torch.bool)
     >>> low_probability(logprobs, action_mask, threshold=0.9)
-    tensor([[ True,  True, False]])
+    tensor([[ True,  True, False,  True,  True]])
+    >>> low_probability(logprobs, action_mask, threshold=0.9, interval=2, first=False)
+    tensor([[False,  True, False, False,  True]])
     """
-    return action_mask & ((torch.exp(logprobs) < threshold) | response_start(action_mask))
+    if interval < 1:
+        raise ValueError(f"cuts are at least one token in doubt apart; found interval = {interval}")
+    doubt = action_mask & (torch.exp(logprobs) < threshold)
+    starts = doubt & ((doubt.cumsum(dim=1) - 1) % interval == 0)
+    return starts | response_start(action_mask) if first else starts
+
+
+def after_ends(ends: Bool[Tensor, "B T"], action_mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """A segment from the first action token, and from each that follows a token that ends one.
+
+    Only sampled tokens end a segment: one in a tool's output does not.
+
+    Args:
+        ends: True = the last token of a segment.
+        action_mask: True = sampled by the policy.
+
+    >>> ends = torch.tensor([[False, True, False, False, True]])
+    >>> after_ends(ends, torch.ones(1, 5, dtype=torch.bool))
+    tensor([[ True, False,  True, False, False]])
+    """
+    closing = (ends & action_mask).long()
+    # A token's segment is the number of ends before it; a segment starts where that number is new.
+    segment = (closing.cumsum(dim=1) - closing).masked_fill(~action_mask, -1)
+    latest = torch.cat([torch.full_like(segment[:, :1], -1), segment[:, :-1]], dim=1)
+    return action_mask & (segment > latest.cummax(dim=1).values)
+
+
+def at_most(starts: Bool[Tensor, "B T"], k: int) -> Bool[Tensor, "B T"]:
+    """No more than `k` segments a row: of n starts, numbers ⌈j·n/k⌉ for j = 0 ... k-1.
+
+    The first start stays, the others are spread evenly among those there are. A segment whose start
+    is dropped becomes part of the one before it.
+
+    Args:
+        starts: True begins a segment.
+        k: most segments of a row.
+
+    >>> at_most(torch.tensor([[True, False, True, True, True]]), 2)
+    tensor([[ True, False, False,  True, False]])
+    """
+    if k < 1:
+        raise ValueError(f"a row has at least one segment; found k = {k}")
+    number = starts.cumsum(dim=1) - 1
+    count = starts.sum(dim=1, keepdim=True).clamp(min=1)
+    # Start i is kept if ⌊i·k/n⌋ is reached here for the first time; -1 before the first start.
+    reached = torch.div(number * k, count, rounding_mode="floor")
+    before = torch.div((number - 1) * k, count, rounding_mode="floor")
+    return starts & (reached > before)
