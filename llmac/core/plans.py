@@ -92,7 +92,8 @@ class Flat:
                 `rollout/rounds`: draws until every rank was full;
                 `rollout/groups_dropped`: all-equal groups not returned;
                 `rollout/groups_surplus`: other groups beyond the share, not returned;
-                `rollout/groups_filled`: all-equal groups returned for want of better ones.
+                `rollout/groups_filled`: all-equal groups returned for want of better ones;
+                `rollout/sampled_tokens`: tokens of all groups, also of those not returned.
         """
         if not self.informative_only:
             groups = self.sample(
@@ -122,6 +123,9 @@ class Flat:
             "rollout/groups_dropped": Sum(float(len(uninformative) - len(filled))),
             "rollout/groups_surplus": Sum(float(len(informative) - len(kept))),
             "rollout/groups_filled": Sum(float(len(filled))),
+            "rollout/sampled_tokens": Sum(
+                float(sum(len(t.response_ids) for t in _flatten(informative + uninformative)))
+            ),
         }
 
     def sample(

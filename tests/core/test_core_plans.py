@@ -157,6 +157,7 @@ def test_when_rounds_run_out_the_share_is_filled_up_and_counted():
     assert metrics["rollout/rounds"].value == 2
     assert metrics["rollout/groups_filled"].value == 2
     assert metrics["rollout/groups_dropped"].value == 3
+    assert metrics["rollout/sampled_tokens"].value == 6 * 2 * 2  # those of dropped groups, too
 
 
 def test_without_any_informative_group_the_shape_stays():
