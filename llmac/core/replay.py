@@ -16,7 +16,7 @@ class Drawn:
     """What one step takes out of the buffer."""
 
     rows: list[Trajectory]
-    """In the order in which they were chosen."""
+    """This step's in the order given, then those that waited."""
     expired: int
     """Rows that left the buffer without ever being used."""
     missing: int
@@ -51,15 +51,11 @@ class ReplayBuffer:
             count: most rows to choose; None: as many as `per_prompt` allows.
             per_prompt: most rows that answer one prompt, by its id; None: no such bound.
             seed: of this step and rank.
-
-        Returns:
-            Without a bound all rows, in the order given.
         """
         candidates = [*fresh, *self._waiting]
         order = list(range(len(candidates)))
-        if count is not None or per_prompt is not None:
-            random.Random(f"replay-{seed}").shuffle(order)
-            order.sort(key=lambda i: candidates[i].age)  # stable: chance decides within an age
+        random.Random(f"replay-{seed}").shuffle(order)
+        order.sort(key=lambda i: candidates[i].age)  # stable: chance decides within an age
         chosen: list[int] = []
         used: Counter[str] = Counter()
         for i in order:
@@ -75,7 +71,7 @@ class ReplayBuffer:
             dataclasses.replace(row, age=row.age + 1) for row in left if row.age < self.steps
         ][:most]
         return Drawn(
-            rows=[candidates[i] for i in chosen],
+            rows=[candidates[i] for i in sorted(chosen)],
             expired=len(left) - len(self._waiting),
             missing=0 if count is None else count - len(chosen),
         )

@@ -25,6 +25,9 @@ from llmac.core.types import AllSum, Finish, Prompt, Trajectory, identity
 
 logger = logging.getLogger(__name__)
 
+EDGES_PER_PROMPT = 64
+"""Rows of a step for each prompt unless a plan says otherwise: 1,024 of 16 prompts in SPO's GSM8K runs."""
+
 
 @dataclass(slots=True)
 class _Sampling:
@@ -80,7 +83,8 @@ class Tree:
     reward_range: tuple[float, float] = (0.0, 1.0)
     """Reward of a failure and of a success, for that rule."""
     edges_per_step: int | None = None
-    """Most rows this rank contributes to a step; None: no such bound."""
+    """Most rows of a step, over all ranks; each contributes its part, rounded up. None:
+    `EDGES_PER_PROMPT` for each prompt of the step."""
     edges_per_prompt: int | None = None
     """Most rows of a step that answer the same prompt; None: no such bound."""
     replay_steps: int = 0
@@ -146,7 +150,7 @@ class Tree:
             prompts: this rank's share of the prompts.
             score: sets the rewards of the leaves.
             seed: of this step and rank; same seed, state, weights and prompts: same rows.
-            sum_across: not needed: no rank looks at another's trees.
+            sum_across: sums over ranks; used once, to count them.
 
         Returns:
             trajectories: edges, those of a tree adjacent; with replay, trees in random order.
@@ -177,7 +181,7 @@ class Tree:
         kept = self._kept(grown)
         drawn = self._buffer.draw(
             kept,
-            count=self.edges_per_step,
+            count=self._share(sum_across),
             per_prompt=self.edges_per_prompt,
             seed=seed,
         )
@@ -259,6 +263,13 @@ class Tree:
                 seed=seed,
             ),
         )
+
+    def _share(self, sum_across: AllSum) -> int:
+        """Most rows of this rank. Collective."""
+        ranks = int(sum_across(torch.tensor(1)))
+        if self.edges_per_step is None:
+            return EDGES_PER_PROMPT * self.prompts_per_step
+        return -(-self.edges_per_step // ranks)
 
     def _kept(self, grown: Sequence[Trajectory]) -> list[Trajectory]:
         """Edges with something to say."""

@@ -185,7 +185,7 @@ def test_a_tree_by_hand():
         "edges_replayed": 0,
         "edges_waiting": 0,
         "edges_expired": 0,
-        "edges_missing": 0,
+        "edges_missing": 64 - 4,
         "leaves": 3,
         "tree_depth": 5 / 3,
         "tree_value": 0.625,
@@ -390,8 +390,11 @@ def test_a_step_has_its_number_of_edges_the_youngest_first():
         assert metrics["rollout/edges_missing"] == 0
         assert metrics["rollout/edges_waiting"] <= 3 * 13  # more could not be used
     few = tree(2, prompts_per_step=1, keep="all", edges_per_step=5)
-    rows, metrics = grown(few, Random())
-    assert (len(rows), metrics["rollout/edges_missing"]) == (2, 3)
+    for ranks, missing in ((1, 3), (2, 1)):
+        rows, metrics = grown(few, Random(), sum_across=lambda x, ranks=ranks: ranks * x)
+        assert (len(rows), metrics["rollout/edges_missing"]) == (2, missing)
+    many, _ = grown(tree(9, 9, prompts_per_step=2, segment_tokens=1), Random(symbols=99))
+    assert len(many) == 2 * 64  # of more than 160
 
 
 def test_six_steps_are_three_a_restore_and_three(tmp_path):
