@@ -148,3 +148,27 @@ def test_cuts_at_unlikely_tokens_are_biased_whatever_the_values():
     # ... but not for the decision: where a segment begins depends on the token there.
     expected = world().expected_by_decision(every, exact)
     assert (expected - every.advantages)[starts].abs().max() > 0.05
+
+
+def test_advantages_of_reused_continuations_are_unbiased():
+    engine = WorldEngine(world())
+    on_the_table = bench(
+        OneProcess(),
+        policy="not asked",
+        engine=engine,
+        score=engine.score,
+        sampling=SamplingParams(),
+    )
+    critic = MonteCarloConfig(continuations=3, reuse=True).build(on_the_table)
+    rollouts = every_response(world())
+    starts = torch.zeros_like(rollouts.action_mask)
+    starts[:, 0] = True
+    found = {action: [] for action in range(SYMBOLS)}
+    for version in range(300):
+        engine.policy_version = version
+        critic.values(rollouts, starts)
+        for row in critic.responses():
+            found[row.response_ids[0]].append(row.reward - row.value_span[0])
+    for action, advantages_there in found.items():
+        exact = world().action_value((), action) - world().value(())
+        assert off(torch.tensor(advantages_there), torch.tensor(exact)) < 4
