@@ -19,7 +19,7 @@ def balanced(
 
     A rank's load is its number of distinct tokens: what the siblings of a group share from the
     beginning on counts once. Where the plan is `Uneven`, groups move until loads are as even as
-    whole groups allow (`core.balance.destinations`). Only what moves is sent: a pickle of about 16
+    whole groups allow (`core.balance.destinations`). Only what moves is sent: a pickle of about 14
     bytes a token of each moving row, which every rank receives and all but one drop.
 
     Args:

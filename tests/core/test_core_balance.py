@@ -72,8 +72,8 @@ def test_the_fullest_rank_is_within_the_bound_of_the_best_division():
         ([[100, 61, 39], [61, 39]], [[0, 1, 0], [1, 1]]),
         # A giant stays where it is, and what is with it leaves.
         ([[10, 100], [10, 10]], [[1, 0], [1, 1]]),
-        # Evener by one in 200: not worth the way.
-        ([[101, 100], [100, 99]], [[0, 0], [1, 1]]),
+        # 203 | 199 could be 200 | 202: not worth the way.
+        ([[50, 50, 50, 50, 3], [50, 50, 50, 49]], [[0] * 5, [1] * 4]),
         # More ranks than groups: nothing to do.
         ([[3], []], [[0], []]),
         ([[3, 2], []], [[0, 1], []]),
