@@ -15,6 +15,8 @@ ALGORITHMS: dict[str, str] = {
     "vapo": "llmac.algorithms.vapo:VAPO",
     "t_ppo": "llmac.algorithms.t_ppo:TPPO",
     "a2c": "llmac.algorithms.a2c:A2C",
+    "vineppo": "llmac.algorithms.vineppo:VinePPO",
+    "spo_chain": "llmac.algorithms.spo_chain:SPOChain",
     "safe": "llmac.algorithms.safe:SAFE",
     "dapo_step": "llmac.algorithms.dapo_step:DAPOStep",
     "grpo": "llmac.algorithms.grpo:GRPO",

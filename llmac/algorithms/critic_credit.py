@@ -21,11 +21,12 @@ from llmac.core.traces import doubt_lam, length_lam
 from llmac.core.types import AllSum, Credit, CriticTargets, Rollouts, Values, identity
 from llmac.core.vtrace import segment_ratios, vtrace
 
-from .base import Algorithm, mean_over
+from .base import mean_over
+from .segmented import Segmented, segment_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticCredit(Algorithm):
+class CriticCredit(Segmented):
     """The half that asks a critic: GAE between the states whose value is known.
 
         δ_t = r_t + γ V(s_{t+1}) - V(s_t)
@@ -159,6 +160,7 @@ class CriticCredit(Algorithm):
                 "critic/values/mean": mean_over(at, value_mask),
                 "critic/returns/mean": mean_over(returns, value_mask),
                 "critic/vf_explained_var": Last(explained),
+                **segment_metrics(rollouts, starts),
                 **metrics,
             },
         )

@@ -20,4 +20,6 @@ class PPO(CriticCredit, ClippedPolicy):
         l_t = max(-Â_t ρ_t, -Â_t clip(ρ_t, 1 - clip_low, 1 + clip_high))
 
     Advantages and the critic's targets are those of `CriticCredit`, the loss is `ClippedPolicy`'s.
+    With another `segmenter` than every_token a step of these formulas is a segment, whose tokens
+    share its advantage; with `critic: {name: monte_carlo}` no critic is learned.
     """

@@ -106,6 +106,17 @@ def values_for(algorithm: Algorithm, rollouts: Rollouts) -> Values | None:
     return make_values(rollouts) if algorithm.default_critic else None
 
 
+def lines(ids: Sequence[int]) -> str:
+    """Every token is a sentence of its own; a third of them ends a line, too."""
+    return "".join(f"{i}\n" if i % 3 == 2 else f"{i}. " for i in ids)
+
+
+def segments_of(algorithm: Algorithm, rollouts: Rollouts) -> Tensor:
+    """As the loop asks for them."""
+    readable = {"decode": lines} if algorithm.reads_text else {}
+    return algorithm.segments(rollouts, **readable)
+
+
 def moved(rollouts: Rollouts, *, spread: float = 0.4, seed: int = 2) -> Tensor:
     """Log-probabilities of a policy that has moved away from the one at collection."""
     random = torch.Generator().manual_seed(seed)

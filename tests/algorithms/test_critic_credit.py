@@ -16,8 +16,11 @@ from llmac.core.vtrace import segment_ratios, vtrace
 
 from .making import card, card_class, known, make_values
 
-# VAPO adds a term of its own to this credit, and has its own tests.
-CRITIC_CARDS = [n for n in ALGORITHMS if card_class(n).credit is CriticCredit.credit]
+# VAPO adds a term of its own to this credit, and has its own tests; VinePPO is PPO with other
+# defaults, λ among them.
+CRITIC_CARDS = [
+    n for n in ALGORITHMS if card_class(n).credit is CriticCredit.credit and n != "vineppo"
+]
 every_card = pytest.mark.parametrize("name", CRITIC_CARDS)
 RAW = {"whiten_advantages": False}
 

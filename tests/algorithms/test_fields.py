@@ -15,7 +15,7 @@ from llmac.algorithms.base import Algorithm
 from llmac.core.protocols import AsksPromptValues, SamplingParams
 from llmac.core.types import Finish, Rollouts
 
-from .making import card, card_class, entropy_of, moved, ragged, values_for
+from .making import card, card_class, entropy_of, moved, ragged, segments_of, values_for
 
 K3 = {"kl_coef": 0.1, "kl_estimator": "k3", "kl_placement": "loss"}
 CORRECTED = {"mismatch": "token_truncate"}
@@ -47,7 +47,7 @@ FLIPS = {
     "scale_eps": ({}, 0.5),
     "gamma": ({}, 0.9),
     "lam": ({"lam_rule": "fixed"}, 0.5),
-    "lam_rule": ({"lam_rule": "fixed"}, "length"),
+    "lam_rule": ({"lam_rule": "fixed", "lam": 0.5}, "doubt"),
     "lam_alpha": ({"lam_rule": "length"}, 0.9),
     "doubt_below": ({"lam_rule": "doubt", "lam": 0.5}, 0.5),
     "critic_lam": ({}, 0.5),
@@ -75,6 +75,28 @@ FLIPS = {
     "step_tokens": ({}, 3),
     "step_token_ids": ({}, (2,)),
     "rollouts": ({}, "stored.parquet"),
+    "segmenter": ({}, "response_start"),
+    "segment_tokens": ({"segmenter": "every_n"}, 2),
+    "cut_below": ({"segmenter": "low_probability", "cut_interval": 1}, 0.2),
+    "cut_interval": ({"segmenter": "low_probability"}, 2),
+    "delimiter": ({"segmenter": "delimiter"}, "sentence"),
+    "max_segments": ({"segmenter": "every_token"}, 2),
+    "first_segment": ({"cut_below": 0.2}, "value"),
+    "train_below": ({}, 0.5),
+    "whiten": ({}, "rows"),
+    "whiten_rows": ({"whiten": "rows"}, 3),
+    "kl_aggregation": ({}, "like_policy"),
+    "skip_ratio_above": ({}, 1.5),
+    "branching": ({}, (3, 2)),
+    "edge_advantage": ({}, "leave_one_out"),
+    "keep": ({}, "all"),
+    "best_of": ({}, 2.0),
+    "prover_weight": ({}, 5.0),
+    "reward_range": ({}, (-1.0, 1.0)),
+    "edges_per_step": ({}, 512),
+    "edges_per_prompt": ({}, None),
+    "replay_steps": ({}, 0),
+    "merge_duplicates": ({}, True),
     "window_tokens": ({}, 5),
     "paused_value": ({}, "critic"),
     "overlong_buffer_tokens": ({}, 5),
@@ -84,7 +106,7 @@ FLIPS = {
 }
 REFUSED = {("tempo", field) for field in ("allocation", "min_responses", "max_responses")}
 """A card refuses what it inherits and cannot work with."""
-CARD_FIELDS = [(n, f.name) for n in ALGORITHMS for f in dataclasses.fields(card_class(n))]
+CARD_FIELDS = [(n, f.name) for n in ALGORITHMS for f in dataclasses.fields(card_class(n)) if f.init]
 
 
 def with_a_paused_row(rollouts: Rollouts) -> Rollouts:
@@ -106,7 +128,7 @@ def everything_about(algorithm: Algorithm) -> list:
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
     targets = credit.critic_targets
     tensors = [
-        algorithm.segments(rollouts),
+        segments_of(algorithm, rollouts),
         credit.advantages,
         credit.policy_mask,
         torch.ones(1) if credit.importance is None else credit.importance,

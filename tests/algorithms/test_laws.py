@@ -30,6 +30,8 @@ CLIPPED_CARDS = [name for name in ALGORITHMS if issubclass(card_class(name), Cli
 ONLY_ADVANTAGES = {
     "vapo": {"likelihood_coef": 0.0},
     "safe": {"entropy_coef": 0.0},
+    "spo_chain": {"kl_coef": 0.0},
+    "spo_tree": {"kl_coef": 0.0},
     "dapo_step": {"beta": 1.0},  # else the gradient is REINFORCE's over beta
 }
 GROUP_CARDS = [
@@ -273,14 +275,13 @@ def test_a_card_says_truly_whether_it_teaches_its_critic(name, rollouts):
     remembered = {} if memory is None else {"memory": memory}
     targets = algorithm.credit(rollouts, make_values(rollouts), **remembered).critic_targets
     assert (targets is not None) == algorithm.teaches_critic
-    assert algorithm.teaches_critic == (name not in {"dapo_step", "tempo"})
+    assert algorithm.teaches_critic == (name not in {"dapo_step", "tempo", "spo_chain", "spo_tree"})
 
 
 @pytest.mark.parametrize(
     ("name", "fields", "keeps"),
     [
-        *((n, {}, True) for n in ALGORITHMS if n != "t_ppo"),
-        ("t_ppo", {}, False),
+        *((n, {}, n not in {"t_ppo", "spo_tree"}) for n in ALGORITHMS),
         ("dapo_step", {"rollouts": "stored.parquet"}, False),
     ],
 )

@@ -16,7 +16,10 @@ from llmac.algorithms.base import Algorithm
 from llmac.core.collate import collate
 from llmac.core.measures import Metrics
 from llmac.core.protocols import Completion, Request, RolloutPlan, SamplingParams
+from llmac.core.spans import span_values
 from llmac.core.types import Batch, CriticTargets, Finish, Prompt, Rollouts, Trajectory, Values
+
+from ..making import segments_of
 
 PROMPTS, SYMBOLS, END, LIMIT = 3, 4, 3, 5
 STATES_PER_PROMPT = sum(SYMBOLS**depth for depth in range(LIMIT + 1))
@@ -100,7 +103,7 @@ class TableEngine:
         self.policy_version = 0
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        random = torch.Generator().manual_seed(requests[0].params.seed or 0)
+        random = torch.Generator().manual_seed(requests[0].params.seed or 0 if requests else 0)
         answers: dict[int, list[Completion]] = {}
         for number, alike in _by_shape(requests):
             rows = iter(self._continue([requests[i] for i in alike], number, random))
@@ -184,6 +187,13 @@ class TableCritic:
         )
 
 
+class PlannedCritic(TableCritic):
+    """Says what the card's plan knows."""
+
+    def values(self, rollouts: Rollouts, starts: Tensor) -> Values:
+        return span_values(rollouts)
+
+
 def prompts_of(rows: Batch | Rollouts) -> Tensor:
     return torch.tensor([t.prompt.token_ids[0] for t in rows.trajectories])
 
@@ -207,12 +217,15 @@ def train(
     """
     torch.manual_seed(seed)
     policy, reference, engine, prompts = TablePolicy(), TablePolicy(), TableEngine(), Prompts()
-    frozen = critic is not None
-    if critic is None and card.default_critic:
+    frozen = critic is not None or card.plan_knows_values
+    if card.plan_knows_values:
+        critic = PlannedCritic()
+    elif critic is None and card.default_critic:
         critic = TableCritic()
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     plan = plan or card.plan(
-        prompts_per_step=rows // card.group_size, sampling=SamplingParams(max_new_tokens=LIMIT)
+        prompts_per_step=max(rows // card.group_size, PROMPTS),
+        sampling=SamplingParams(max_new_tokens=LIMIT),
     )
     memory = card.memory()
     remembered = {} if memory is None else {"memory": memory}
@@ -223,7 +236,7 @@ def train(
         rollouts = annotate(
             collate(trajectories, length_limit=plan.length_limit), policy, reference, card
         )
-        values = critic.values(rollouts, card.segments(rollouts)) if critic else None
+        values = critic.values(rollouts, segments_of(card, rollouts)) if critic else None
         credit = card.credit(rollouts, values, **remembered)
         if credit.critic_targets:
             critic.update(rollouts, credit.critic_targets)
@@ -254,9 +267,10 @@ def train(
 def annotate(
     batch: Batch, policy: TablePolicy, reference: TablePolicy, card: Algorithm
 ) -> Rollouts:
-    mask = batch.action_mask
+    mask, replayed = batch.action_mask, torch.tensor([t.age > 0 for t in batch.trajectories])
+    old = torch.where(replayed[:, None], batch.sampler_logprobs, policy(batch)[0])
     return Rollouts(
         **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
-        old_logprobs=torch.where(mask, policy(batch)[0], 0.0),
+        old_logprobs=torch.where(mask, old, 0.0),
         ref_logprobs=torch.where(mask, reference(batch)[0], 0.0) if card.uses_reference else None,
     )
