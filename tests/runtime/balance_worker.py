@@ -16,6 +16,7 @@ from llmac.algorithms.grpo import GRPO
 from llmac.balance import balanced
 from llmac.core.balance import distinct_tokens, imbalance
 from llmac.core.collate import collate
+from llmac.models.packing import Packing
 from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner, Optimization
@@ -46,10 +47,9 @@ def build(runtime):
         learner,
         runtime,
         reference=None,
-        pad_id=0,
+        packing=Packing(kind="trie", max_tokens=60, pad_id=0).fitting(policy.model),
         epochs=2,
         minibatches=1,
-        max_tokens_per_microbatch=60,
         ratio_tolerance=1e-4,
     )
 
