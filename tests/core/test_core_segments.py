@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from llmac.core.segments import every_n, every_token, low_probability, response_start
+from llmac.core.segments import (
+    after_ends,
+    at_most,
+    every_n,
+    every_token,
+    low_probability,
+    response_start,
+)
 
 MASK = torch.tensor(
     [
@@ -42,6 +49,53 @@ def test_segments_begin_at_doubtful_tokens_and_at_the_first():
     probability = torch.tensor([[0.99, 0.5, 0.1, 0.95, 0.8, 0.0]]).expand(3, 6)
     starts = low_probability(probability.log(), MASK, threshold=0.9)
     assert positions(starts) == [[0, 1, 4], [1, 2, 4, 5], []]
+
+
+def test_cuts_are_at_every_few_doubtful_tokens_from_the_first_on():
+    probability = torch.tensor([[0.99, 0.5, 0.1, 0.95, 0.8, 0.0]]).expand(3, 6)
+    cut = {"threshold": 0.9, "interval": 2}
+    starts = low_probability(probability.log(), MASK, **cut, first=False)
+    assert positions(starts) == [[1], [1, 4], []]
+    assert positions(low_probability(probability.log(), MASK, **cut)) == [[0, 1], [1, 4], []]
+    with pytest.raises(ValueError, match="interval = 0"):
+        low_probability(probability.log(), MASK, threshold=0.9, interval=0)
+
+
+def test_a_response_without_doubt_is_in_no_segment_unless_its_first_token_is_asked():
+    certain = torch.zeros(MASK.shape)
+    assert not low_probability(certain, MASK, threshold=0.9, first=False).any()
+    first = low_probability(certain, MASK, threshold=0.9)
+    assert torch.equal(first, response_start(MASK))
+
+
+def test_the_threshold_itself_is_no_doubt():
+    half = torch.full(MASK.shape, 0.5).log()
+    assert not low_probability(half, MASK, threshold=0.5, first=False).any()
+
+
+@pytest.mark.parametrize("k", range(1, 8))
+def test_the_starts_that_stay_are_spread_evenly(k):
+    starts = torch.zeros(7, 12, dtype=torch.bool)
+    for n in range(7):
+        starts[n, torch.randperm(12)[:n]] = True
+    for n, (row, kept) in enumerate(zip(starts, at_most(starts, k), strict=True)):
+        found = row.nonzero().flatten().tolist()
+        expected = found if n <= k else [found[-(-j * n // k)] for j in range(k)]
+        assert kept.nonzero().flatten().tolist() == expected
+
+
+def test_at_most_needs_a_segment():
+    with pytest.raises(ValueError, match="k = 0"):
+        at_most(MASK, 0)
+
+
+def test_only_sampled_tokens_end_a_segment():
+    everywhere = torch.ones_like(MASK)
+    assert torch.equal(after_ends(everywhere, MASK), every_token(MASK))
+    assert torch.equal(after_ends(~everywhere, MASK), response_start(MASK))
+    injected = torch.zeros_like(MASK)
+    injected[0, 2] = True
+    assert positions(after_ends(injected, MASK))[0] == [0]
 
 
 @pytest.mark.parametrize(
