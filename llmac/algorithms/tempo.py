@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmac.core.baselines import group_std
@@ -72,33 +72,31 @@ class TEMPO(GRPO):
                 "TEMPO needs the values of a critic and got none; set critic: {name: prefix_tree}, "
                 "or choose grpo, which needs none"
             )
-        starts = values.starts & rollouts.action_mask
-        changes = self._changes(rollouts, values, starts)
+        changes = self._changes(rollouts, values)
         scores = self.scores(rollouts)
         of_response = self.outcome_advantages(scores, rollouts.group, sum_across=sum_across)
         per_unit = self._per_unit(scores, rollouts.group, sum_across)
-        mask, at = self.policy_mask(rollouts), values.at.masked_fill(~starts, 0.0)
+        mask = self.policy_mask(rollouts)
+        asked, at = values.starts & mask, values.at.masked_fill(~values.starts, 0.0)
         to_come = rollouts.rewards.flip(1).cumsum(1).flip(1)
-        explained = explained_variance(at, to_come, starts & mask, sum_across=sum_across)
+        explained = explained_variance(at, to_come, asked, sum_across=sum_across)
         return self.make_credit(
             rollouts,
             of_response[:, None] + changes * per_unit[:, None],
             sum_across=sum_across,
             metrics={
-                "critic/values/mean": mean_over(at, starts & mask),
+                "critic/values/mean": mean_over(at, asked),
                 "critic/vf_explained_var": Last(explained),
                 "critic/branches": mean_over(changes.abs() > 1e-6, mask),
             },
         )
 
-    def _changes(
-        self, rollouts: Rollouts, values: Values, starts: Bool[Tensor, "B T"]
-    ) -> Float[Tensor, "B T"]:
+    def _changes(self, rollouts: Rollouts, values: Values) -> Float[Tensor, "B T"]:
         """δ: the limit is part of the task, so that a truncated response ends as it was rewarded."""
         return segment_gae(
             rollouts.rewards,
             values.at,
-            starts,
+            values.starts,
             torch.zeros_like(values.bootstrap),
             gamma=1.0,
             lam=0.0,

@@ -121,7 +121,7 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_all(name, fields, sizes, 
 @pytest.mark.parametrize(
     ("name", "fields"),
     [(name, fields) for name in ALGORITHMS for fields in ({}, BUSY)]
-    + [("grpo", {"scale": "batch"}), ("cispo", {"scale": "batch"})],
+    + [(name, {"scale": "batch"}) for name in ("grpo", "cispo", "tempo")],
 )
 def test_two_ranks_give_the_credit_of_one_process(name, fields, rollouts):
     algorithm = card(name, **fields)

@@ -77,6 +77,17 @@ def test_where_all_part_at_once_the_first_token_gets_exactly_double():
     assert found.tolist() == [[1.5, 0.75], [-0.5, -0.25], [-0.5, -0.25], [-0.5, -0.25]]
 
 
+def test_what_it_reports_of_values_counts_the_own_outcome_as_explained():
+    metrics = credit_of(siblings(*BRANCHES)).metrics
+    # V of the rows, halves at first: 1/2 2/3 1/2; the same; 1/2 2/3 1; 1/2 0 0
+    assert metrics["critic/values/mean"].value == pytest.approx(6 / 12)
+    left = [1 / 2, 1 / 3, 1 / 2, -1 / 2, -2 / 3, -1 / 2, 1 / 2, 1 / 3, 0, -1 / 2, 0, 0]
+    spread = sum(x * x for x in left) / 12 - (sum(left) / 12) ** 2
+    assert metrics["critic/vf_explained_var"].value == pytest.approx(1 - spread / 0.25)
+    # all but the 6 of 1 5 6 and the 8 and 9 of 7 8 9
+    assert metrics["critic/branches"].value == 9 / 12
+
+
 def many():
     random = torch.Generator().manual_seed(5)
     lengths = torch.randint(1, 8, (24,), generator=random).tolist()

@@ -20,8 +20,8 @@ def means(responses, outcomes, group=None, known=None, width=None):
     )
 
 
-def by_definition(responses, outcomes, group, width):
-    """For each t, the mean over all that have the same first t tokens, and so at least t."""
+def by_definition(responses, outcomes, group, known, width):
+    """For each t, the mean over all known that have the same first t tokens; without one, as before."""
     rows = []
     for mine, number in zip(responses, group, strict=True):
         row = []
@@ -29,10 +29,10 @@ def by_definition(responses, outcomes, group, width):
             beginning = mine[: min(t, len(mine))]
             alike = [
                 r
-                for other, r, g in zip(responses, outcomes, group, strict=True)
-                if g == number and other[: len(beginning)] == beginning
+                for other, r, g, counts in zip(responses, outcomes, group, known, strict=True)
+                if g == number and counts and other[: len(beginning)] == beginning
             ]
-            row.append(sum(alike) / len(alike))
+            row.append(sum(alike) / len(alike) if alike else row[-1])
         rows.append(row)
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -64,9 +64,9 @@ def test_a_value_is_the_mean_of_those_that_begin_alike():
 @pytest.mark.parametrize("seed", range(3))
 def test_ragged_groups_in_any_order_are_as_the_definition_has_them(seed):
     responses, outcomes, group = random_siblings(seed)
-    torch.testing.assert_close(
-        means(responses, outcomes, group), by_definition(responses, outcomes, group, 6)
-    )
+    for known in ([True] * 24, [True, True, False] * 8):
+        expected = by_definition(responses, outcomes, group, known, 6)
+        torch.testing.assert_close(means(responses, outcomes, group, known), expected)
 
 
 def test_groups_do_not_see_each_other():

@@ -7,6 +7,7 @@ import torch
 
 from llmac.config.cards import choose_algorithm, choose_critic
 from llmac.core.protocols import Critic
+from llmac.core.types import Finish
 from llmac.critics.baselines import GroupMean
 from llmac.critics.prefix_tree import PrefixTree, PrefixTreeConfig
 from tests.algorithms.making import ragged
@@ -55,6 +56,15 @@ def test_rewards_along_the_response_are_taken_off_once_they_are_earned():
     # outcomes 1, 1/2, 0; behind 3 and 3 5 the mean is 3/4, of which 1/4 and 1/2 are earned
     assert values.at[:2].tolist() == [[0.5, 0.5, 0.5], [0.5, 0.25, 0.0]]
     assert values.bootstrap.tolist() == [0.0, 0.25, 0.0]
+
+
+def test_a_paused_response_is_no_failure():
+    rollouts = siblings()
+    first, second, third = rollouts.trajectories
+    paused = dataclasses.replace(second, finish=Finish.PAUSED, reward=None)
+    rollouts = dataclasses.replace(rollouts, trajectories=(first, paused, third))
+    values = PrefixTree().values(rollouts, rollouts.action_mask)
+    assert values.at[:2].tolist() == [[0.5, 1, 1], [0.5, 1, 0]]
 
 
 def test_a_tool_s_tokens_tell_states_apart():
