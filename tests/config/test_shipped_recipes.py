@@ -33,7 +33,16 @@ def test_a_shipped_recipe_is_short_and_has_a_header(path):
 
 @pytest.mark.parametrize(
     "name",
-    ["gsm8k_ppo", "gsm8k_grpo", "gsm8k_vapo", "gsm8k_dapo_step", "rlhf_ppo", "rlhf_safe"],
+    [
+        "gsm8k_ppo",
+        "gsm8k_grpo",
+        "gsm8k_vapo",
+        "gsm8k_dapo_step",
+        "gsm8k_spo_chain",
+        "math_spo_tree",
+        "rlhf_ppo",
+        "rlhf_safe",
+    ],
 )
 def test_a_recipe_nobody_has_run_says_so(name):
     text = (ROOT / "recipes" / f"{name}.yaml").read_text()
@@ -41,7 +50,7 @@ def test_a_recipe_nobody_has_run_says_so(name):
         assert word in text
 
 
-@pytest.mark.parametrize("name", ["gsm8k_ppo", "gsm8k_grpo", "gsm8k_vapo"])
+@pytest.mark.parametrize("name", ["gsm8k_ppo", "gsm8k_grpo", "gsm8k_vapo", "gsm8k_spo_chain"])
 def test_gsm8k_trains_and_evaluates_on_the_same_prompt_and_another_split(name):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     assert recipe.evaluation is not None
