@@ -218,6 +218,12 @@ def _critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:
             f"critic {critic.name} compares siblings, and {recipe.algorithm.name} does not judge them in one step; "
             "choose another critic, or another algorithm"
         )
+    repeats = getattr(critic and critic.settings, "repeats_the_plan", False)
+    if critic is not None and repeats and not card.plan_knows_values:
+        yield (
+            f"critic {critic.name} says what the nodes of sampled trees are worth, and {recipe.algorithm.name} samples "
+            "no trees; choose another critic, for example monte_carlo, or algorithm.name: spo_tree"
+        )
 
 
 def _same_names(recipe: Recipe) -> Iterator[str]:

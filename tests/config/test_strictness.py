@@ -188,6 +188,11 @@ def test_a_critic_of_siblings_needs_siblings(ppo):
     assert "t_ppo does not judge them in one step" in windows
 
 
+def test_a_critic_of_trees_needs_an_algorithm_that_samples_them(ppo):
+    assert "ppo samples no trees; choose another critic" in refusal(ppo, "critic=tree_mean")
+    load_recipe(ppo, ["algorithm=spo_tree", "critic=tree_mean"])
+
+
 def test_a_plan_that_cannot_be_is_refused_with_the_recipe(settings):
     message = refusal(settings, "algorithm=t_ppo", "algorithm.window_tokens=999")
     assert "algorithm t_ppo: " in message
