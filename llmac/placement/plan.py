@@ -99,7 +99,10 @@ def plan(recipe: Recipe, machines: Machines, *, prompt_tokens: int | None = None
     bare = bare_skeleton(recipe.model)
     rollout = recipe.rollout
     if rollout.engine == "hf":
-        sampler = hf_sampler(bare, recipe.model, rollout, rows=rows, prompt_tokens=prompt)
+        # A critic that continues states asks for more at a time than the engine takes. Cards differ.
+        continues = hasattr(recipe.critic and recipe.critic.settings, "continuations")
+        asked = max(rows, rollout.max_num_seqs) if continues else rows
+        sampler = hf_sampler(bare, recipe.model, rollout, rows=asked, prompt_tokens=prompt)
     else:
         sampler = vllm_sampler(
             bare,

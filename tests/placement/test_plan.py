@@ -246,6 +246,13 @@ def test_the_transformers_engines_cache_is_what_its_buffers_take(model, recipe_o
     assert found.cache == sum(b.untyped_storage().nbytes() for b in buffers)
 
 
+def test_a_critic_that_continues_states_fills_the_transformers_engine(recipe_of):
+    settings = "rollout.max_num_seqs=400", "actor.minibatches=1"
+    alone = plan(recipe_of("ppo", *settings), on()).sampler
+    with_critic = plan(recipe_of("ppo", *settings, "critic=monte_carlo"), on()).sampler
+    assert alone.rows < with_critic.rows == 400
+
+
 def test_the_transformers_engine_holds_two_copies_while_weights_arrive(recipe_of):
     found = plan(recipe_of("grpo"), on())
     generate, sync = found.phases[1].items, found.phases[-1].items
