@@ -32,7 +32,18 @@ def tidied_up(ids):
     return words(ids).replace(" .", ".").replace(" n't", "n't")
 
 
-TOKENIZERS = [words, byte_level, without_broken_characters, without_the_first_space, tidied_up]
+def marked_at_its_end(ids):
+    return words(ids) + "|"
+
+
+TOKENIZERS = [
+    words,
+    byte_level,
+    without_broken_characters,
+    without_the_first_space,
+    tidied_up,
+    marked_at_its_end,
+]
 
 
 def by_definition(ids, text, decode):
