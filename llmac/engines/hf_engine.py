@@ -10,6 +10,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -103,19 +104,14 @@ class HFEngine:
         sampled: list[list[Completion]] = [[] for _ in requests]
         seeds = request_seeds(requests)
         for params, members in _by_params(requests):
-            sizes = [requests[index].params.n for index in members]
-            prompts = [
-                requests[index].prompt_ids
-                for index, size in zip(members, sizes, strict=True)
-                for _ in range(size)
+            rows = [
+                _Row(requests[index].prompt_ids, numbers)
+                for index in members
+                for numbers in _numbers(requests[index].params, seeds[index])
             ]
-            tables = [
-                uniform_table(size, params.max_new_tokens, seeds[index])
-                for index, size in zip(members, sizes, strict=True)
-            ]
-            completions = iter(self._sample(prompts, params, torch.cat(tables, dim=1)))
-            for index, size in zip(members, sizes, strict=True):
-                sampled[index] = list(itertools.islice(completions, size))
+            completions = iter(self._sample(rows, params))
+            for index in members:
+                sampled[index] = list(itertools.islice(completions, requests[index].params.n))
         return sampled
 
     @torch.no_grad()
@@ -148,19 +144,19 @@ class HFEngine:
         """Forget the model. Safe to call twice."""
         self.__dict__.pop("_model", None)
 
-    def _sample(
-        self, prompts: list[tuple[int, ...]], params: SamplingParams, uniforms: Tensor
-    ) -> list[Completion]:
-        """One completion a prompt, in waves of at most `max_batch_rows`; `uniforms` is [max_new_tokens, prompts]."""
+    def _sample(self, rows: Sequence["_Row"], params: SamplingParams) -> list[Completion]:
+        """One completion a row, in waves of at most `max_batch_rows`."""
         # Longest first, so that a wave has little padding and memory runs out at once or never; equal ones together.
-        order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), prompts[row]))
+        order = sorted(range(len(rows)), key=lambda row: (-len(rows[row].prompt), rows[row].prompt))
         completions: dict[int, Completion] = {}
-        for start in range(0, len(order), self._max_batch_rows):
-            rows = order[start : start + self._max_batch_rows]
+        # `generate` counts positions on for rows that are past their own limits.
+        most_tokens = None if self._in_step else self._max_tokens
+        for places in _waves(rows, order, self._max_batch_rows, most_tokens):
             wave = Wave(
-                prompts=[prompts[row] for row in rows],
+                prompts=[rows[place].prompt for place in places],
                 params=params,
-                uniforms=uniforms[:, rows].to(self._model.device),
+                uniforms=[rows[place].uniforms for place in places],
+                device=self._model.device,
                 ends=self._ends | frozenset(params.stop_token_ids),
                 decode=self._decode_text,
             )
@@ -171,11 +167,11 @@ class HFEngine:
                     self._decode_with_generate(wave)
             except torch.OutOfMemoryError as error:
                 raise EngineError(
-                    f"out of memory while sampling {len(rows)} responses of up to {params.max_new_tokens} tokens at "
+                    f"out of memory while sampling {len(places)} responses of up to {wave.steps} tokens at "
                     f"once; lower rollout.max_num_seqs (now {self._max_batch_rows}) or rollout.max_new_tokens"
                 ) from error
-            completions.update(zip(rows, wave.completions(self._version), strict=True))
-        return [completions[row] for row in range(len(prompts))]
+            completions.update(zip(places, wave.completions(self._version), strict=True))
+        return [completions[place] for place in range(len(rows))]
 
     def _decode_text(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
@@ -184,7 +180,7 @@ class HFEngine:
         """All rows advance together; finished ones leave."""
         cache, logits, padding = self._read_prompts(wave)
         device = self._model.device
-        seen = len(wave.prompts[0])
+        seen, last = len(wave.prompts[0]), wave.reach - 1
         lengths = [len(prompt) for prompt in wave.prompts]
         # One position serves all rows when there is no padding.
         positions = torch.tensor(lengths if padding is not None else [seen], device=device)[:, None]
@@ -207,7 +203,8 @@ class HFEngine:
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-            positions = positions + 1
+            # A row past its own limit waits here for the others; no position is asked for that no row may reach.
+            positions = (positions + 1).clamp_(max=last)
 
     def _read_prompts(self, wave: Wave) -> tuple[RowCache, Tensor, Tensor | None]:
         """Read each distinct prompt once.
@@ -235,14 +232,14 @@ class HFEngine:
             copies = torch.tensor(source, device=device)
             layers: list[tuple[Tensor, Tensor]] = [(x.keys, x.values) for x in read.layers]  # type: ignore[misc]
             if cache is None:
-                cache = RowCache(layers, len(prompts), longest, wave.params.max_new_tokens)
+                cache = RowCache(layers, len(prompts), longest, wave.steps)
             cache.put(first_row, layers, copies)
             logits.append(out.logits[copies, -1])
         assert cache is not None
         if len(prompts[-1]) == longest:
             return cache, torch.cat(logits), None
         pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-        hidden = torch.arange(longest + wave.params.max_new_tokens, device=device) < pads[:, None]
+        hidden = torch.arange(longest + wave.steps, device=device) < pads[:, None]
         padding = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device)
         padding.masked_fill_(hidden, torch.finfo(padding.dtype).min)
         return cache, torch.cat(logits), padding[:, None, None]
@@ -254,7 +251,7 @@ class HFEngine:
             input_ids=ids,
             attention_mask=mask,
             generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=wave.params.max_new_tokens, pad_token_id=0
+                do_sample=False, max_new_tokens=wave.steps, pad_token_id=0
             ),
             logits_processor=LogitsProcessorList([_DrawnToken(wave)]),
             stopping_criteria=StoppingCriteriaList([_WaveFinished(wave)]),
@@ -283,8 +280,9 @@ class HFEngine:
         ]
         wave = Wave(
             prompts=prompts,
-            params=SamplingParams(temperature=0.0, max_new_tokens=4),
-            uniforms=torch.zeros(4, len(prompts), device=model.device),
+            params=SamplingParams(temperature=0.0),
+            uniforms=[torch.zeros(4)] * len(prompts),
+            device=model.device,
             ends=frozenset(),
             decode=self._decode_text,
         )
@@ -340,12 +338,45 @@ class _WaveFinished(StoppingCriteria):
         return torch.full((len(input_ids),), self._wave.finished, device=input_ids.device)
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One response to be sampled."""
+
+    prompt: tuple[int, ...]
+    uniforms: Tensor
+    """A number for each token it may have."""
+
+
 def _by_params(requests: Sequence[Request]) -> Iterator[tuple[SamplingParams, list[int]]]:
-    """Places of the requests that differ in their seeds and numbers of responses at most."""
+    """Places of the requests that differ in their seeds, lengths and numbers of responses at most.
+
+    States of one response leave different lengths to their continuations; in waves of their own these would be slow.
+    """
     groups: dict[SamplingParams, list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(dataclasses.replace(request.params, seed=None, n=1), []).append(index)
+        alike = dataclasses.replace(request.params, seed=None, n=1, max_new_tokens=1)
+        groups.setdefault(alike, []).append(index)
     yield from groups.items()
+
+
+def _numbers(params: SamplingParams, seed: int) -> tuple[Tensor, ...]:
+    """The uniform numbers of each of a request's responses."""
+    return uniform_table(params.n, params.max_new_tokens, seed).unbind(dim=1)
+
+
+def _waves(
+    rows: Sequence[_Row], order: Sequence[int], most_rows: int, most_tokens: int | None
+) -> Iterator[list[int]]:
+    """Cut the places in `order` (longest prompt first) into batches; `most_tokens` bounds prompt and response."""
+    wave: list[int] = []
+    for place in order:
+        longest = len(rows[wave[0] if wave else place].prompt)
+        too_long = most_tokens is not None and longest + len(rows[place].uniforms) > most_tokens
+        if wave and (len(wave) == most_rows or too_long):
+            yield wave
+            wave = []
+        wave.append(place)
+    yield wave
 
 
 def _prefills(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llmac.core.protocols import Completion, SamplingParams
 from llmac.core.types import Finish
@@ -23,7 +24,8 @@ class Wave:
         *,
         prompts: Sequence[tuple[int, ...]],
         params: SamplingParams,
-        uniforms: Tensor,
+        uniforms: Sequence[Tensor],
+        device: torch.device,
         ends: frozenset[int],
         decode: Callable[[Sequence[int]], str],
     ) -> None:
@@ -31,20 +33,23 @@ class Wave:
 
         Args:
             prompts: of each row, longest first, equal ones side by side.
-            params: the same for all rows.
-            uniforms: [max_new_tokens, rows] on the device that samples.
+            params: the same for all rows; its `max_new_tokens` is not read.
+            uniforms: of each row, a number for each token it may draw: how many there are is the row's limit.
+            device: that samples.
             ends: token ids that end a response.
             decode: token ids to text; called only when `params.stop` is set.
         """
         self.prompts = prompts
         self.params = params
-        self._uniforms = uniforms
+        self._uniforms = pad_sequence(list(uniforms)).to(device)
         self._ends = torch.tensor(sorted(ends), dtype=torch.long)
         self._decode = decode
         self._window = 8 + max((len(stop.encode()) for stop in params.stop), default=0)
-        self._ids = torch.zeros(params.max_new_tokens, len(prompts), dtype=torch.long)
-        self._logprobs = torch.zeros(params.max_new_tokens, len(prompts))
+        self._limits = torch.tensor([len(numbers) for numbers in uniforms])
+        self._ids = torch.zeros(self.steps, len(prompts), dtype=torch.long)
+        self._logprobs = torch.zeros(self.steps, len(prompts))
         self._lengths = torch.zeros(len(prompts), dtype=torch.long)
+        self._stopped = torch.zeros(len(prompts), dtype=torch.bool)
         self._alive_rows = torch.arange(len(prompts))
         self._selected: Tensor | None = None
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -52,9 +57,20 @@ class Wave:
         self._seen = 0
 
     @property
+    def steps(self) -> int:
+        """Most tokens that any row may draw."""
+        return len(self._uniforms)
+
+    @property
+    def reach(self) -> int:
+        """Most tokens that prompt and response of a row may have together."""
+        limits = self._limits.tolist()
+        return max(len(p) + limit for p, limit in zip(self.prompts, limits, strict=True))
+
+    @property
     def finished(self) -> bool:
-        """Whether every row has ended or reached `max_new_tokens`, as of the last look."""
-        return self._seen == self.params.max_new_tokens or bool(self._lengths.all())
+        """Whether every row has ended or reached its limit, as of the last look."""
+        return bool(self._lengths.all())
 
     def uniforms(self) -> Tensor:
         """[B, 1]: the uniform numbers of this step for the rows still in the batch."""
@@ -65,7 +81,7 @@ class Wave:
         """Record one token of every row in the batch; [B] each."""
         self._pending.append((ids, logprobs))
         self._step += 1
-        if len(self._pending) == STEPS_BETWEEN_CHECKS or self._step == self.params.max_new_tokens:
+        if len(self._pending) == STEPS_BETWEEN_CHECKS or self._step == self.steps:
             self.look()
 
     def look(self) -> None:
@@ -83,12 +99,15 @@ class Wave:
         rows = self._alive_rows
         self._ids[first : self._seen, rows] = ids
         self._logprobs[first : self._seen, rows] = logprobs
-        ended = torch.isin(ids, self._ends)
+        stops = torch.isin(ids, self._ends)
         if self.params.stop:
-            self._mark_stop_strings(first, ended)
-        new = ended.any(dim=0) & (self._lengths[rows] == 0)
-        if new.any():
-            self._lengths[rows[new]] = first + 1 + ended[:, new].int().argmax(dim=0)
+            self._mark_stop_strings(first, stops)
+        drawn = torch.arange(first + 1, self._seen + 1)
+        ended = stops | (drawn[:, None] == self._limits[rows])
+        new = (ended.any(dim=0) & (self._lengths[rows] == 0)).nonzero().squeeze(1)
+        last = ended[:, new].int().argmax(dim=0)
+        self._lengths[rows[new]] = drawn[last]
+        self._stopped[rows[new]] = stops[last, new]
 
     def drop_finished(self) -> tuple[int, Tensor, Tensor] | None:
         """Shrink the batch, if enough rows have finished: how many stay, places to fill, rows to fill them with.
@@ -113,15 +132,15 @@ class Wave:
         """What every row sampled, in the order of `prompts`."""
         self.look()
         ids, logprobs = self._ids.t().tolist(), self._logprobs.t().tolist()
-        lengths = self._lengths.tolist()
+        ends = zip(self._lengths.tolist(), self._stopped.tolist(), strict=True)
         return [
             Completion(
-                token_ids=tuple(ids[row][: length or self._seen]),
-                logprobs=tuple(logprobs[row][: length or self._seen]),
-                finish=Finish.STOP if length else Finish.LENGTH,
+                token_ids=tuple(ids[row][:length]),
+                logprobs=tuple(logprobs[row][:length]),
+                finish=Finish.STOP if stopped else Finish.LENGTH,
                 policy_version=version,
             )
-            for row, length in enumerate(lengths)
+            for row, (length, stopped) in enumerate(ends)
         ]
 
     def _mark_stop_strings(self, first: int, ended: Tensor) -> None:

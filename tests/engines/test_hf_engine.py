@@ -13,9 +13,12 @@ from transformers import (
 from llmac.core.protocols import Request, RolloutEngine, SamplingParams
 from llmac.core.types import Finish
 from llmac.engines.hf_engine import HFEngine
+from llmac.engines.wave import Wave
 from llmac.errors import EngineError
 
 END = 1
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+"""Of a Qwen2 whose cache is of its own kind, so that `generate` samples."""
 
 
 def ask(prompts, **params):
@@ -175,10 +178,41 @@ def test_batches_groups_and_dropped_rows_do_not_change_what_a_row_samples(
     lengths = {len(c.token_ids) for c in expected}
     assert len(lengths) > 8, "rows must finish at different times for this test to mean anything"
     for rows in (1, 3, 17):
-        found = flat(HFEngine(make_model(), tokenizer, max_batch_rows=rows).generate(requests))
+        engine, batches = HFEngine(make_model(), tokenizer, max_batch_rows=rows), set()
+        engine._model.register_forward_hook(lambda *call: batches.add(len(call[2].logits)))  # noqa: B023
+        found = flat(engine.generate(requests))
+        assert max(batches) == rows
         assert [c.token_ids for c in found] == [c.token_ids for c in expected]
         for one, other in zip(found, expected, strict=True):
             assert torch.tensor(one.logprobs).allclose(torch.tensor(other.logprobs), atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, SLIDING], ids=["in_step", "generate"])
+def test_requests_of_different_lengths_are_sampled_together_as_if_alone(
+    changes, make_model, tokenizer, prompts
+):
+    engine = HFEngine(make_model(**changes), tokenizer)
+    limits = [3, 30, 1, 17, 4, 8]
+    requests = [
+        Request(prompt_ids=prompt, params=SamplingParams(n=3, max_new_tokens=limit, seed=6))
+        for prompt, limit in zip(prompts, limits, strict=False)
+    ]
+    passes = []
+    hook = engine._model.register_forward_hook(lambda *_: passes.append(1))
+    together = engine.generate(requests)
+    hook.remove()
+    assert len(passes) <= max(limits)
+    for place, (siblings, limit) in enumerate(zip(together, limits, strict=True)):
+        # The others are of another temperature, so this one is in a batch of its own, at its place in the call.
+        params = SamplingParams(n=3, max_new_tokens=5, temperature=0.5, seed=6)
+        others = [Request(prompt_ids=(5,), params=params)] * len(requests)
+        alone = engine.generate([*others[:place], requests[place], *others[place + 1 :]])[place]
+        for one, other in zip(siblings, alone, strict=True):
+            assert (one.token_ids, one.finish) == (other.token_ids, other.finish)
+            assert torch.tensor(one.logprobs).allclose(torch.tensor(other.logprobs), atol=1e-5)
+            assert (one.finish is Finish.STOP) == (one.token_ids[-1] == END)
+            assert len(one.token_ids) == limit or one.finish is Finish.STOP
+    assert {len(c.token_ids) for c in flat(together)} > set(limits) - {30}
 
 
 def test_a_response_ends_at_the_end_token_or_at_the_limit(engine, prompts):
@@ -262,6 +296,44 @@ def test_a_response_longer_than_the_first_cache_agrees(
     assert [c.token_ids for c in answers] == greedy(make_model(), prompts, 40)
 
 
+def test_what_a_row_draws_past_its_limit_is_neither_kept_nor_a_stop():
+    wave = Wave(
+        prompts=[(5, 6), (5,)],
+        params=SamplingParams(),
+        uniforms=[torch.zeros(2), torch.zeros(4)],
+        device=torch.device("cpu"),
+        ends=frozenset({END}),
+        decode=str,
+    )
+    assert (wave.steps, wave.reach) == (4, 5)
+    for ids in [(7, 3), (8, 4), (END, 5), (9, END)]:
+        wave.take(torch.tensor(ids), torch.zeros(2))
+    cut, ended = wave.completions(0)
+    assert (cut.token_ids, cut.finish) == ((7, 8), Finish.LENGTH)
+    assert (ended.token_ids, ended.finish) == ((3, 4, 5, END), Finish.STOP)
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+def test_a_row_that_waits_for_longer_ones_asks_for_no_position_beyond_the_limit(
+    in_step, tokenizer, prompts, greedy
+):
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.3)).eval()
+    other = copy.deepcopy(model)
+    engine = HFEngine(model, tokenizer)
+    engine._in_step = in_step
+    long, short = (prompts[0] * 6)[:15], prompts[1][:2]
+    requests = [
+        *ask([long], temperature=0.0, max_new_tokens=1),
+        *ask([short], temperature=0.0, max_new_tokens=14),
+    ]
+    assert [c.token_ids for c in flat(engine.generate(requests))] == [
+        *greedy(other, [long], 1),
+        *greedy(other, [short], 14),
+    ]
+
+
 def test_dropout_is_off(make_model, tokenizer, prompts):
     engine = HFEngine(make_model(attention_dropout=0.5).train(), tokenizer)
     requests = ask(prompts, temperature=0.0, max_new_tokens=10)
@@ -320,9 +392,7 @@ def test_other_architectures_agree_with_generate(
             assert torch.tensor(completion.logprobs).double().allclose(expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}]
-)
+@pytest.mark.parametrize("changes", [{}, SLIDING])
 def test_a_repetition_penalty_of_the_checkpoint_does_not_act(
     changes, make_model, tokenizer, prompts, greedy
 ):
@@ -394,9 +464,7 @@ def test_plain_attention_models_decode_in_step(kind, tied, make_model, tokenizer
 
 
 def test_a_model_that_falls_back_to_generate_is_named_once(make_model, tokenizer, caplog):
-    model = make_model(
-        use_sliding_window=True, sliding_window=4, max_window_layers=0, layer_types=None
-    )
+    model = make_model(**SLIDING, layer_types=None)
     with caplog.at_level("INFO", logger="llmac.engines.hf_engine"):
         HFEngine(model, tokenizer)
     assert [record.getMessage() for record in caplog.records] == [
