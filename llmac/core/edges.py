@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 EdgeAdvantage = Literal["rloo", "grpo", "leave_one_out"]
-"""How an edge is judged by the values of its ends; `baselines` and `normalized` have the formulas."""
+"""How an edge is judged by the values of its ends; `baselines` and `in_deviations` have the formulas."""
 ROUNDING = 1e-9
 """An advantage below is 0: means of equal rewards in another order differ by less."""
 STD_EPS = 1e-8
-"""Added to the deviation by which `normalized` divides; SPO's code."""
+"""Added to the deviation by which `in_deviations` divides; SPO's code."""
 
 
 def mean_and_std(
@@ -78,7 +78,7 @@ def baselines(
     return mean - (values - mean) / (count - 1)
 
 
-def normalized(
+def in_deviations(
     advantages: Float[Tensor, "*shape"], std: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
     """The "grpo" advantage of an edge: in deviations of the children of its parent.
@@ -90,7 +90,7 @@ def normalized(
         std: population standard deviation of V over the children of the parent.
 
     >>> from torch import tensor
-    >>> normalized(tensor([0.25, -0.25]), tensor([0.25, 0.25]))
+    >>> in_deviations(tensor([0.25, -0.25]), tensor([0.25, 0.25]))
     tensor([ 1., -1.])
     """
     return advantages / (std + STD_EPS)

@@ -26,4 +26,5 @@ CRITICS: dict[str, str] = {
     "surprise": "llmac.critics.surprise:SurpriseConfig",
     "running_mean": "llmac.critics.baselines:RunningMeanConfig",
     "monte_carlo": "llmac.critics.monte_carlo:MonteCarloConfig",
+    "tree_mean": "llmac.critics.trees:TreeMeanConfig",
 }

@@ -9,7 +9,7 @@ from llmac.core.edges import (
     best_of,
     informative,
     mean_and_std,
-    normalized,
+    in_deviations,
     prover,
 )
 
@@ -30,9 +30,9 @@ def test_a_tree_of_two_children_by_hand():
     assert upper.tolist() == [0.25, -0.25]
     assert below_a.tolist() == [0, 0]
     assert below_b.tolist() == [-0.5, 0.5]
-    scaled = [normalized(*x) for x in ((upper, std.expand(2)), (below_b, std_b.expand(2)))]
+    scaled = [in_deviations(*x) for x in ((upper, std.expand(2)), (below_b, std_b.expand(2)))]
     assert torch.allclose(torch.stack(scaled), wide(1, -1, -1, 1).view(2, 2))
-    assert normalized(below_a, std_a.expand(2)).tolist() == [0, 0]
+    assert in_deviations(below_a, std_a.expand(2)).tolist() == [0, 0]
     kept = informative(torch.stack([root, root, a, b]), wide(1, 0.5, 1, 0), attempts=4.0)
     assert kept.tolist() == [True, True, False, True]
 
@@ -55,7 +55,7 @@ def test_one_level_by_hand_and_as_group_baselines_have_it():
     assert torch.equal(centred, wide(0.25, 0.25, -0.75, 0.25))
     # Population deviation √3/4
     expected = wide(0.57735, 0.57735, -1.73205, 0.57735)
-    assert torch.allclose(normalized(centred, std.expand(4)), expected, atol=1e-5)
+    assert torch.allclose(in_deviations(centred, std.expand(4)), expected, atol=1e-5)
     others = rewards - baselines(rewards, ONCE, how="leave_one_out")
     assert torch.allclose(others, wide(1 / 3, 1 / 3, -1, 1 / 3))
     assert torch.allclose(others, leave_one_out(rewards, group))

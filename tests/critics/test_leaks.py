@@ -89,6 +89,7 @@ def responses(generator):
             finish=Finish.STOP,
             group=row // 4,
             reward=outcome(ids),
+            value_span=(0.25, 0.75),  # of a plan that knows, for the critic that repeats it
         )
         for row, ids in enumerate(tokens)
     ]

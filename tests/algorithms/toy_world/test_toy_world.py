@@ -45,6 +45,7 @@ def test_no_card_learns_the_toy_world_with_the_sign_of_its_advantages_flipped(na
     fields = {
         "dapo": {"max_sampling_rounds": 2},  # no informative group is left to wait for
         "vapo": {"likelihood_coef": 0.0},  # right answers would still be imitated
+        "spo_tree": {"branching": (6, 6), "segment_tokens": 2},  # else nothing branches
     }
     history = train(card(name, **fields.get(name, {})), steps=12, sign=-1.0)
     assert max(history) < 1.2 * START
@@ -82,6 +83,25 @@ def test_no_card_learns_the_toy_world_with_the_sign_of_its_advantages_flipped(na
             },
         ),
         ("rloo", {"kl_coef": 0.01}),
+        (
+            "spo_tree",
+            {
+                "branching": (4, 4, 4),
+                "segment_tokens": 1,
+                "edge_advantage": "grpo",
+                "prover_weight": 5.0,
+            },
+        ),
+        (
+            "spo_tree",
+            {
+                "branching": (4, 4, 4),
+                "segment_tokens": 1,
+                "edge_advantage": "leave_one_out",
+                "merge_duplicates": True,
+                "replay_steps": 0,
+            },
+        ),
         ("reinforce_pp_baseline", {"kl_coef": 0.01}),
     ],
 )
