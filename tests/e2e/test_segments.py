@@ -32,3 +32,16 @@ def test_a_critic_is_asked_at_segments_only(algorithm, critic, settings, read_me
         if critic["name"] == "monte_carlo":
             assert line["critic/states"] > 0
             assert line["rollout/sampled_tokens"] > line["response_length/mean"]
+
+
+@pytest.mark.slow
+def test_ranks_with_different_numbers_of_rows_whiten_chunks_together(
+    settings, write_recipe, run, read_metrics
+):
+    settings["algorithm"] = {"name": "spo_chain", "group_size": 2, "whiten": "rows"}
+    settings["critic"] = {"name": "monte_carlo", "continuations": 3, "reuse": True}
+    settings["rollout"]["max_new_tokens"] = 6
+    settings["run"] |= {"steps": 2, "save_every": 2}
+    code, printed = run(write_recipe(settings), processes=2).finish()
+    assert code == 0, printed
+    assert [line["step"] for line in read_metrics(settings["run"]["output"])] == [1, 2]
