@@ -149,6 +149,7 @@ def follow_paths(model: nn.Module) -> None:
     inner = _transformer(model)
     assert inner is not None, "`why_not` was asked"
     usual = inner.config._attn_implementation
+    assert usual is not None, "`why_not` was asked"
     if not usual.startswith(_PREFIX):
         name = _PREFIX + usual
         AttentionInterface.register(name, _over(ALL_ATTENTION_FUNCTIONS[usual]))

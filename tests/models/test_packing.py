@@ -6,7 +6,7 @@ import torch
 
 from llmac.core.collate import collate
 from llmac.core.types import Credit, Rollouts
-from llmac.models.packing import micro_batches, minibatches, pack, row_tokens
+from llmac.models.packing import Packing, micro_batches, minibatches, pack, row_tokens
 
 
 def test_a_state_sits_at_its_last_token(ragged):
@@ -46,6 +46,36 @@ def test_micro_batches_hold_every_row_once_within_the_budget(make_trajectory):
 def test_a_row_longer_than_the_budget_stands_alone(make_trajectory):
     rows = [make_trajectory(range(2), range(2)), make_trajectory(range(30), range(30))]
     assert [batch.tolist() for batch in micro_batches(rows, max_tokens=10)] == [[0], [1]]
+
+
+def test_rows_side_by_side_fill_the_budget_without_padding(make_trajectory):
+    rows = [make_trajectory([1] * size, [2]) for size in (5, 1, 3, 2, 9)]
+    found = Packing(kind="varlen", max_tokens=9, pad_id=0).micro_batches(rows)
+    assert [batch.tolist() for batch in found] == [[1, 3, 2], [0], [4]]  # 2 + 3 + 4, 6, 10 alone
+
+
+def packed_as(packing, rows):
+    found = list(packing.packed(rows))
+    assert sorted(torch.cat([index for index, _ in found]).tolist()) == list(range(len(rows)))
+    return ["padded" if packed.paths is None else "trie" for _, packed in found]
+
+
+def test_a_trie_is_made_where_it_saves_a_fifth_of_the_padded_tokens(make_trajectory):
+    auto = Packing(kind="auto", max_tokens=1000, pad_id=0)
+    # Two rows of 10 that begin alike by 4 tokens: 16 of 20
+    assert packed_as(auto, [make_trajectory([1] * 4, [2 + i] * 6) for i in range(2)]) == ["trie"]
+    assert packed_as(auto, [make_trajectory([1] * 3, [2 + i] * 7) for i in range(2)]) == ["padded"]
+
+
+def test_no_micro_batch_of_an_automatic_packing_is_larger_than_the_budget(make_trajectory):
+    auto = Packing(kind="auto", max_tokens=30, pad_id=0)
+    shared = [make_trajectory([1] * 8, [2 + i] * 2) for i in range(16)]
+    # Long rows alone in their groups share nothing, but are in bins with those that do.
+    alone = [make_trajectory([20 + i] * 9, [1]) for i in range(6)]
+    for rows in (shared, alone, shared + alone):
+        kinds = packed_as(auto, rows)
+        assert ("trie" in kinds) is (rows is not alone)
+        assert all(packed.input_ids.numel() <= 30 for _, packed in auto.packed(rows))
 
 
 def test_a_rank_with_fewer_rows_than_minibatches_takes_part_with_a_row_that_counts_nothing(

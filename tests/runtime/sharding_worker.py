@@ -61,6 +61,13 @@ CASES = {
     "ppo lora": {"algorithm": "ppo", "options": {"kl_coef": 0.01}, "lora": True},
     "ppo shared": {"algorithm": "ppo", "trunk": "shared"},
     "ppo shared lora": {"algorithm": "ppo", "trunk": "shared", "lora": True},
+    "ppo trie": {"algorithm": "ppo", "options": {"kl_coef": 0.01}, "packing": "trie"},
+    "ppo shared lora trie": {
+        "algorithm": "ppo",
+        "trunk": "shared",
+        "lora": True,
+        "packing": "trie",
+    },
 }
 
 
@@ -110,9 +117,10 @@ def build(runtime, tokens, *, algorithm, options=None, lora=False, trunk="own", 
     model = policy(5) if adapters is None else add_lora(policy(5), adapters)
     # Four rows of logits a chunk: every sharded output layer is gathered again and again.
     trained = TokenPolicy(model, temperature=1.0, chunk_mb=4 * 4 * 19 / 2**20)
-    reference = None
+    reference, models = None, [model]
     if algorithm.uses_reference:
         frozen = TokenPolicy(policy(6), temperature=1.0, chunk_mb=1.0)
+        models.append(frozen)
         reference = (
             Reference(None, model.disable_adapter) if lora else Reference(runtime.freeze(frozen))
         )
@@ -124,7 +132,7 @@ def build(runtime, tokens, *, algorithm, options=None, lora=False, trunk="own", 
         Learner(trained, optimization, name="actor", **settings),
         runtime,
         reference=reference,
-        packing=Packing(kind=packing, max_tokens=tokens, pad_id=0).fitting(model),
+        packing=Packing(kind=packing, max_tokens=tokens, pad_id=0).fitting(*models),
         epochs=2,
         minibatches=2,
         ratio_tolerance=1e-4,

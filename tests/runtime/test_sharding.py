@@ -56,6 +56,20 @@ def test_micro_batches_do_not_change_what_is_learned(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "configuration",
+    [
+        None,
+        pytest.param("zero3", marks=pytest.mark.deepspeed),
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_trie_teaches_what_padded_rows_teach(configuration, whole, tmp_path):
+    cases = ("ppo trie", "ppo shared lora trie")
+    found = learn(tmp_path / "trie.pt", cases, tokens=24, configuration=configuration)
+    check_same({case.removesuffix(" trie"): found[case] for case in cases}, whole)
+
+
+@pytest.mark.parametrize(
     ("configuration", "cases"),
     [
         pytest.param("ddp", EVERYTHING, marks=pytest.mark.slow),
