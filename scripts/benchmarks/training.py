@@ -4,6 +4,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ def measure(start: Path, threads: int) -> list[Report]:
 
 
 def train(
-    recipe: str, start: Path, threads: int, *, steps: int = STEPS, seed: int = 0
+    recipe: str,
+    start: Path,
+    threads: int,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train without evaluation; the lines of metrics.jsonl, and what the process used."""
     output = fresh_folder(recipe)
@@ -36,6 +43,7 @@ def train(
             f"run.steps={steps}",
             f"run.seed={seed}",
             f"run.output={output}",
+            *overrides,
         ],
         threads,
     )
