@@ -36,6 +36,7 @@ def test_states_are_equal_when_prompt_and_tokens_are():
     assert merged([]) == ([], [])
     start = State.before(rows[0].prompt, 3)
     assert start.key == states[0].key
+    assert State.before(Prompt(id="p0", token_ids=(1,), source="?"), 0).key != start.key
     assert (start.token_ids, start.origin.group) == ((1, 2), 3)
 
 
