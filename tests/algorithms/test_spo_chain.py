@@ -85,6 +85,19 @@ def test_a_response_without_doubt_is_worth_nothing_and_trained_if_there_is_no_ot
     assert credit.policy_mask.tolist() == [[False, False], [True, True]]
 
 
+def test_no_token_is_in_doubt_only_if_none_is_on_any_rank():
+    algorithm, rollouts, _ = chain_of([0.95, 0.99], {})
+    assert algorithm.trained(rollouts).all()
+    assert not algorithm.trained(rollouts, lambda here: here + 1).any()
+
+
+@pytest.mark.parametrize(("whitening", "below"), [("step", 0.5), ("rows", 0.5), ("none", None)])
+def test_normalized_advantages_are_zero_where_nothing_is_trained(whitening, below, rollouts):
+    algorithm = card("spo_chain", train_below=below, whiten=whitening)
+    advantages = algorithm.normalized(torch.ones_like(rollouts.rewards) + 0.1, rollouts)
+    assert (advantages[~algorithm.trained(rollouts)] == 0).all()
+
+
 def test_a_token_at_the_threshold_keeps_its_advantage_and_is_not_trained():
     fields = {"train_below": 0.5, "whiten": "none"}
     algorithm, rollouts, values = chain_of(
@@ -147,10 +160,11 @@ def test_the_kl_is_summed_over_trained_tokens_and_averaged_over_responses(rollou
     values, logprobs = make_values(rollouts), moved(rollouts)
     for aggregation in ("token_mean", "sequence_mean_token_sum"):
         with_kl, without = (
-            card("spo_chain", kl_coef=coef, aggregation=aggregation) for coef in (0.5, 0.0)
+            card("spo_chain", kl_coef=coef, aggregation=aggregation, train_below=0.15)
+            for coef in (0.5, 0.0)
         )
         credit = with_kl.credit(rollouts, values)
-        assert not torch.equal(credit.policy_mask, rollouts.action_mask)
+        assert credit.policy_mask.any(dim=1).sum() < 11  # in some rows nothing was in doubt
         loss = with_kl.policy_loss(logprobs, rollouts, credit)
         plain = without.policy_loss(logprobs, rollouts, without.credit(rollouts, values))
         k3 = kl_estimate(logprobs, rollouts.ref_logprobs, "k3").where(credit.policy_mask, 0.0)
@@ -286,6 +300,17 @@ def test_only_own_tokens_of_a_row_are_trained_and_paused_rows_are_not_cut():
         assert mask[4].tolist() == [False] * 3 + [True] * 5
         mask = card(name).policy_mask(rollouts)
         assert mask[1].tolist() == [False] * 5 + [True] * 3
+
+
+def test_a_kl_in_the_reward_is_paid_by_the_segment_it_is_in(rollouts):
+    fields = {"segmenter": "response_start", "train_below": None, "whiten": "none"}
+    paying = card("spo_chain", kl_coef=0.3, kl_placement="reward", kl_estimator="k1", **fields)
+    free = card("spo_chain", kl_coef=0.0, **fields)
+    values = dataclasses.replace(make_values(rollouts), starts=free.segments(rollouts))
+    gap = [a.credit(rollouts, values).advantages for a in (free, paying)]
+    mask = rollouts.action_mask
+    k1 = (rollouts.old_logprobs - rollouts.ref_logprobs).where(mask, 0.0).sum(dim=1, keepdim=True)
+    assert torch.allclose((gap[0] - gap[1])[mask], (0.3 * k1).expand_as(mask)[mask])
 
 
 def test_it_needs_values(rollouts):

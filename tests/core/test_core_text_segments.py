@@ -119,18 +119,22 @@ def test_a_match_at_the_very_end_or_at_none_cuts_nothing():
     assert positions("ab c", "(?=a)|(?<= )(?=c)") == [0, 3]
 
 
-def test_each_short_run_of_tokens_is_decoded_once():
+@pytest.mark.parametrize(
+    ("tokenizer", "longest"), [(words, 1), (byte_level, 8), (without_the_first_space, 8)]
+)
+def test_a_response_is_decoded_whole_once_and_short_runs_of_it_once(tokenizer, longest):
     asked = []
 
     def decode(ids):
         asked.append(tuple(ids))
-        return words(ids)
+        return tokenizer(ids)
 
-    rows = [ids for ids, _ in random_rows(40, seed=2)]
-    mask = torch.ones(len(rows), 25, dtype=torch.bool)
-    after_text(rows, mask, re.compile(r"\n+"), decode)
-    alone = [run for run in asked if len(run) == 1 and list(run) not in rows]
-    assert len(alone) == len(set(alone))
+    row = [5] + [i for ids, _ in random_rows(40, seed=2) for i in ids if WORDS[i]]
+    after_text([row], torch.ones(1, len(row), dtype=torch.bool), re.compile(r"\n+"), decode)
+    whole, *runs = asked
+    assert whole == tuple(row)
+    assert len(runs) == len(set(runs))
+    assert max(map(len, runs)) <= longest
 
 
 @pytest.mark.parametrize(
