@@ -26,11 +26,13 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from llmac.core.measures import Metrics
 from llmac.core.protocols import Completion, Request, SamplingParams
 from llmac.engines.attention import use_grouped_attention
 from llmac.engines.checkpoint_form import check_restorable, parts, restored
 from llmac.engines.cpu_linear import use_onednn_linear
 from llmac.engines.manifest import Manifest
+from llmac.engines.prefix_hits import PrefixHits
 from llmac.engines.requests import check_requests, end_tokens, request_seeds
 from llmac.engines.row_cache import RowCache
 from llmac.engines.sampling import NEVER, draw, uniform_table
@@ -82,6 +84,7 @@ class HFEngine:
         check_restorable(model, self._parts)
         self._manifest = Manifest.of(model, self._parts)
         self._version = 0
+        self._hits = PrefixHits()
         use_onednn_linear(model)
         self._in_step = self._prepare_decoding_in_step()
 
@@ -89,6 +92,11 @@ class HFEngine:
     def policy_version(self) -> int:
         """The version given to the last completed `load_weights`; 0 before any."""
         return self._version
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        """False: a prompt that begins like one of an earlier call is read from its beginning."""
+        return False
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -133,6 +141,10 @@ class HFEngine:
         for target, tensor in arrived:
             target.data = tensor
         self._version = version
+
+    def metrics(self) -> Metrics:
+        """The fraction of prompt tokens that were copied from an equal prompt, not computed, since the last call."""
+        return self._hits.drain()
 
     def sleep(self) -> None:
         """Nothing to free: keys and values live only during `generate`, and the weights stay where they are."""
@@ -234,6 +246,8 @@ class HFEngine:
             if cache is None:
                 cache = RowCache(layers, len(prompts), longest, wave.steps)
             cache.put(first_row, layers, copies)
+            asked = sum(len(distinct[place]) for place in source)
+            self._hits.add(asked=asked, reused=asked - sum(map(len, distinct)))
             logits.append(out.logits[copies, -1])
         assert cache is not None
         if len(prompts[-1]) == longest:
@@ -246,6 +260,7 @@ class HFEngine:
 
     def _decode_with_generate(self, wave: Wave) -> None:
         """Let `model.generate` do the forward passes and keep its own cache; sampling stays ours."""
+        self._hits.add(asked=sum(map(len, wave.prompts)), reused=0)
         ids, mask = _left_padded(wave.prompts, self._model.device)
         self._model.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -287,6 +302,7 @@ class HFEngine:
             decode=self._decode_text,
         )
         self._decode_in_step(wave)
+        self._hits.drain()
         switched = model.config._attn_implementation or "eager"
         model.set_attn_implementation(own_attention)
         gap = max(

@@ -10,7 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from llmac.core.protocols import Request, RolloutEngine, SamplingParams
+from llmac.core.measures import Mean
+from llmac.core.protocols import Metered, Request, RolloutEngine, SamplingParams
 from llmac.core.types import Finish
 from llmac.engines.hf_engine import HFEngine
 from llmac.engines.wave import Wave
@@ -332,6 +333,26 @@ def test_a_row_that_waits_for_longer_ones_asks_for_no_position_beyond_the_limit(
         *greedy(other, [long], 1),
         *greedy(other, [short], 14),
     ]
+
+
+@pytest.mark.parametrize(("changes", "reused"), [({}, 3 + 3 + 3), (SLIDING, 0)])
+def test_prompt_tokens_that_are_copied_are_counted_until_they_are_drained(
+    changes, reused, make_model, tokenizer
+):
+    engine = HFEngine(make_model(**changes), tokenizer)
+    assert isinstance(engine, Metered)
+    assert not engine.reuses_prefixes
+    assert engine.metrics() == {}, "the engine's own trial is not counted"
+    # (5, 6, 7) is asked for four times and read once, (8, 9) is read once.
+    engine.generate(
+        [
+            *ask([(5, 6, 7)], n=3, max_new_tokens=2),
+            *ask([(8, 9)], max_new_tokens=2),
+            *ask([(5, 6, 7)], max_new_tokens=4),
+        ]
+    )
+    assert engine.metrics() == {"rollout/prefix_hit_rate": Mean(reused, 4 * 3 + 2)}
+    assert engine.metrics() == {}
 
 
 def test_dropout_is_off(make_model, tokenizer, prompts):
