@@ -116,10 +116,8 @@ def still_needed(
     3
     """
     found = len(outcomes)
-    error = standard_error(outcomes, reward_range)
-    if error <= target:
-        return 0
-    return max(0, min(math.ceil(found * (error / target) ** 2), 2 * found, most) - found)
+    needed = math.ceil(found * (standard_error(outcomes, reward_range) / target) ** 2)
+    return max(0, min(needed, 2 * found, most) - found)
 
 
 def affordable(
@@ -142,7 +140,8 @@ def affordable(
     left = budget - sum(count * price for count, price in zip(given, cost, strict=True))
     for level in range(at_least, max(wanted, default=0)):
         for place, price in enumerate(cost):
-            if level < wanted[place] and given[place] == level and price <= left:
+            # One that cannot be paid now will not be later: no more than now is ever left.
+            if level < wanted[place] and price <= left:
                 given[place] += 1
                 left -= price
     return given
