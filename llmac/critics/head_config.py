@@ -173,6 +173,7 @@ class HeadConfig(Optimization, ABC):
                 model.backbone, gradient_checkpointing=bench.model.gradient_checkpointing
             )
         minibatches = self.minibatches or bench.minibatches
+        packing = bench.packing_for(model.backbone)  # before it is copied
         target = None
         if self.target_tau is not None:
             target = TargetNetwork(
@@ -196,7 +197,7 @@ class HeadConfig(Optimization, ABC):
             learner,
             bench.runtime,
             self,
-            packing=bench.packing_for(model.backbone),
+            packing=packing,
             minibatches=minibatches,
             fresh_head=fresh_head,
             target=target,

@@ -150,12 +150,18 @@ def follow_paths(model: nn.Module) -> None:
     assert inner is not None, "`why_not` was asked"
     usual = inner.config._attn_implementation
     assert usual is not None, "`why_not` was asked"
-    if not usual.startswith(_PREFIX):
+    if not follows_paths(model):
         name = _PREFIX + usual
         AttentionInterface.register(name, _over(ALL_ATTENTION_FUNCTIONS[usual]))
         if usual in ALL_MASK_ATTENTION_FUNCTIONS:
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
         inner.set_attn_implementation(name)
+
+
+def follows_paths(model: nn.Module) -> bool:
+    """Whether `follow_paths` has been called."""
+    inner = _transformer(model)
+    return inner is not None and str(inner.config._attn_implementation).startswith(_PREFIX)
 
 
 def arguments(paths: Paths) -> dict[str, Any]:

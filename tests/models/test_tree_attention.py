@@ -236,6 +236,24 @@ def test_a_model_that_overlooks_paths_is_found_out(family):
         value_model(pack_along_paths(family, pad_id=0))
 
 
+def test_a_prepared_model_is_probed_whatever_rows_come_first(family):
+    """Where weights are sharded every rank must take part, and rows of ranks may be packed differently."""
+    model = language_model()
+    backbone = AutoModel.from_config(config())
+    Packing(kind="auto", max_tokens=1, pad_id=0).fitting(model, backbone)
+    inputs = []
+    for layers in (model.model.layers, backbone.layers):
+        layers[0].register_forward_hook(lambda _m, given, _out: inputs.append(given[0].shape[:2]))
+    rows = pack(family, pad_id=0)
+    for module in (TokenPolicy(model, temperature=1.0, chunk_mb=1.0), ValueModel(backbone)):
+        module(rows)
+        assert (1, 10) in inputs  # the probe's trie
+        inputs.clear()
+        module(rows)
+        assert inputs == [rows.input_ids.shape]
+        inputs.clear()
+
+
 def test_attention_that_wants_more_is_refused(family):
     model = language_model()
     Packing(kind="trie", max_tokens=1, pad_id=0).fitting(model)
