@@ -96,13 +96,9 @@ class TPPO(PPO):
             group_size=self.group_size,
         )
 
-    def policy_mask(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
-        """Tokens of this step; with `mask_truncated`, not of responses the length limit has cut."""
-        return rollouts.action_mask & rollouts.fresh & ~self._left_out(rollouts)[:, None]
-
     def taught(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
         """Tokens of responses that ended, those of earlier windows included."""
-        without = rollouts.paused | self._left_out(rollouts)
+        without = rollouts.truncated if self.mask_truncated else rollouts.paused
         return rollouts.action_mask & ~without[:, None]
 
     def bootstrap(self, rollouts: Rollouts, values: Values) -> Float[Tensor, "B"]:
@@ -135,9 +131,3 @@ class TPPO(PPO):
                 **sampler_gap(rollouts.old_logprobs, rollouts.sampler_logprobs, fresh),
             },
         )
-
-    def _left_out(self, rollouts: Rollouts) -> Bool[Tensor, "B"]:
-        """Rows cut at the length limit, if those are masked; a paused row is not cut."""
-        if not self.mask_truncated:
-            return torch.zeros_like(rollouts.truncated)
-        return rollouts.truncated & ~rollouts.paused
