@@ -133,7 +133,7 @@ def affordable(
         budget: of all together, tokens.
         at_least: as many each state gets of what it wants, paid for or not.
 
-    >>> affordable([3, 3, 1], [10., 20., 10.], 75.), affordable([3, 3], [10., 20.], 0., at_least=1)
+    >>> affordable([3, 3, 1], [10., 20., 10.], 60.), affordable([3, 3], [10., 20.], 0., at_least=1)
     ([3, 1, 1], [1, 1])
     """
     given = [min(at_least, count) for count in wanted]

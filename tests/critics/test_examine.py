@@ -222,6 +222,9 @@ def test_equal_states_are_continued_once():
     )
     continued = [request for request in engine.asked if request.params.n == 5]
     assert len(continued) == len({request.prompt_ids for request in continued})
+    # A state must not see its own future again.
+    drawn = {request.params.seed for request in engine.asked if request.params.n != 5}
+    assert drawn.isdisjoint(request.params.seed for request in continued)
     at_start = [request for request in continued if len(request.prompt_ids) == 1]
     assert len(at_start) == 3
     for n in range(12):  # siblings share the truth of their first state

@@ -327,6 +327,17 @@ def test_reused_continuations_are_compared_with_the_others_of_their_state():
         assert own.tolist() == pytest.approx([t.reward - t.value_span[0]] * len(own))
 
 
+def test_reused_continuations_belong_to_the_response_that_they_branch_off():
+    critic, engine = live(continuations=2, reuse=True)
+    engine.policy_version = 4
+    injected = dataclasses.replace(response([1, 2, 0], group=3), action_mask=(True, False, True))
+    rollouts = rollouts_of([injected])
+    critic.values(rollouts, rollouts.action_mask)
+    rows = critic.responses()
+    assert [(row.group, row.policy_version) for row in rows] == [(3, 4)] * 4
+    assert [row.action_mask[:3] for row in rows[2:]] == [(True, False, True)] * 2
+
+
 def test_a_single_continuation_is_no_lesson():
     critic, _ = live(continuations=3, reuse=True, tokens_per_prompt=1)
     asked(critic, TWO)

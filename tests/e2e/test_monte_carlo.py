@@ -1,5 +1,6 @@
 """Runs whose values are continuations: they resume bitwise, reuse what they sampled, and ranks stay in step."""
 
+import importlib.util
 import shutil
 
 import pytest
@@ -69,3 +70,19 @@ def test_ranks_that_need_different_numbers_of_rounds_stay_in_step(
     code, printed = run(recipe, processes=2).finish()
     assert code == 0, printed
     assert [line["step"] for line in read_metrics(settings["run"]["output"])] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_continues_states_as_the_policy_would(
+    settings, vllm_home, write_recipe, run, read_metrics
+):
+    settings["model"] = {"name": str(vllm_home)}
+    settings["rollout"]["engine"] = "vllm"
+    code, printed = run(write_recipe(settings | {"critic": EVERYTHING})).finish()
+    assert code == 0, printed
+    for line in read_metrics(settings["run"]["output"]):
+        assert line["critic/continuations"] > line["critic/states"]
+        # Of reused continuations, too.
+        assert line["actor/sampler_logprob_diff_max"] < 1e-3
