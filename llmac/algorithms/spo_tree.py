@@ -40,10 +40,10 @@ class SPOTree(DoubtfulTokens):
     has the reward that it was given.
 
     Where this differs from the authors' code, besides what `DoubtfulTokens` lists: π_old of replayed
-    edges is what the sampler said, with its temperature, top-p and top-k, and not what the trainer
-    said then; younger edges are used first, among equals chance decides, and at most `replay_steps`
-    times a step's rows wait; where edges are missing, the step is smaller, while theirs repeats
-    some; means of equal rewards are exactly equal, so that rounding keeps no edge.
+    edges is what the sampler said, and not what the trainer said then; younger edges are used
+    first, among equals chance decides, and at most `replay_steps` times a step's rows wait; where
+    edges are missing, the step is smaller, while theirs repeats some; means of equal rewards are
+    exactly equal, so that rounding keeps no edge.
     """
 
     default_critic: ClassVar[str | None] = "tree_mean"

@@ -124,6 +124,11 @@ def test_a_leaf_cut_at_the_limit_has_the_reward_it_was_given_and_may_be_left_out
     rows[4] = dataclasses.replace(rows[4], finish=Finish.LENGTH)
     credit, rollouts, _ = credited(rows)
     assert credit.advantages[4, 2:].tolist() == [-0.5] * 3
+    # Also where a critic says what would have come.
+    said = dataclasses.replace(span_values(rollouts), bootstrap=torch.full((6,), 9.0))
+    plain = card("spo_tree", **PLAIN).credit(rollouts, said)
+    assert torch.equal(plain.advantages[2:], credit.advantages[2:])
+    assert plain.advantages[0, 0] == 9 - 0.75
     masked, _, _ = credited(rows, mask_truncated=True)
     left_out = torch.arange(6) == 4
     own = rollouts.action_mask & rollouts.fresh

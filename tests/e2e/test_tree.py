@@ -1,6 +1,7 @@
 """Trees in real runs: they resume bitwise, replay what they keep, and no rank waits for one that learned nothing."""
 
 import dataclasses
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -90,6 +91,21 @@ def test_a_rank_whose_edges_say_nothing_keeps_step_with_the_other(
     assert all(line["rollout/edges_dropped"] > line["rollout/edges"] / 3 for line in lines)
     assert all(line["rollout/edges_missing"] >= 12 for line in lines)
     assert all(line["rollout/edges_waiting"] > 0 for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_grows_trees(settings, vllm_home, write_recipe, run, read_metrics):
+    settings["model"] = {"name": str(vllm_home)}
+    settings["rollout"]["engine"] = "vllm"
+    code, printed = run(write_recipe(settings)).finish()
+    assert code == 0, printed
+    lines = read_metrics(settings["run"]["output"])
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[2]["rollout/edges_replayed"] == 4
+    # Of fresh edges, prefixes included or not.
+    assert all(line["actor/sampler_logprob_diff_max"] < 1e-3 for line in lines)
 
 
 def test_replayed_rows_keep_the_log_probs_they_were_sampled_with(parts):
