@@ -191,7 +191,7 @@ def test_a_card_says_how_its_trees_grow():
 
 def test_values_and_deviations_that_nobody_knows_are_missed():
     rows = two_levels()
-    with pytest.raises(ValueError, match="set critic: .name: tree_mean"):
+    with pytest.raises(ValueError, match=r"set critic: \{name: tree_mean\}"):
         card("spo_tree").credit(looked_at(rows), None)
     rows[2] = dataclasses.replace(rows[2], sibling_std=None)
     with pytest.raises(ValueError, match="grpo, and 1 rows, the first a response to prompt p0"):
