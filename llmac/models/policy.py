@@ -55,8 +55,8 @@ class TokenPolicy(nn.Module):
         With `hidden_only` instead (the backbone's hidden vectors, flattened [b * L, H]; an empty tensor): for a critic
         on this trunk, which must come in by the front door where the weights are sharded.
         """
-        # Here and not earlier: a sharded model has its weights only inside its forward pass. And whatever the rows: those
-        # of other ranks may be packed otherwise, and all must take part.
+        # Here and not earlier: a sharded model has its weights only inside its forward pass. And whatever the rows:
+        # those of other ranks may be packed otherwise, and all must take part.
         if not self._paths_checked and (rows.paths is not None or follows_paths(self.model)):
             self._check_paths(rows.input_ids.device)
         if hidden_only:

@@ -269,9 +269,9 @@ def test_flex_attention_sees_the_same_paths(family):
     paths = Paths.of(trie)
     query = torch.randn(1, 4, len(trie.tokens), 8)
     key, value = torch.randn(2, 1, 2, len(trie.tokens), 8)
-    expected = attend(query, key, value, paths, None)
+    expected = attend(query, key, value, paths, 0.6)
     mask = paths.flexible().block_mask
-    found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    found = flex_attention(query, key, value, block_mask=mask, scale=0.6, enable_gqa=True)
     torch.testing.assert_close(found.transpose(1, 2), expected)
 
 

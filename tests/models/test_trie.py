@@ -76,9 +76,13 @@ def test_a_family_stays_together_where_the_bin_is_half_full():
     rows = [(1, 1, token) for token in range(3)] + [(2, 2, token) for token in range(3)]
     begins = [2] * 6
     assert bins(rows, begins, max_tokens=8) == [[0, 1, 2], [3, 4, 5]]
-    # 5 of 11 used: another 5 fit; of 12 with families of 5, the third would be torn but the bin is nearly full
+    # two families of 5 fill 10 of 12; the third would be torn
     rows += [(3, 3, token) for token in range(3)]
     assert bins(rows, [2] * 9, max_tokens=12) == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    # the same behind a word that all prompts begin with; what fits to the last node is not torn
+    same = [(9, *row) for row in rows[:6]]
+    assert bins(same, [3] * 6, max_tokens=10) == [[0, 1, 2], [3, 4, 5]]
+    assert bins(same, [3] * 6, max_tokens=11) == [[0, 1, 2, 3, 4, 5]]
     # a family that would leave most of the bin empty is torn
     long = [(1,), *((2, 2, token) for token in range(9))]
     assert bins(long, [1, *[2] * 9], max_tokens=10)[0] == [0, *range(1, 8)]
