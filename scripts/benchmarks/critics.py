@@ -60,21 +60,31 @@ Line = Mapping[str, Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of this part alone."""
-    group = parser.add_argument_group("critics")
+    """Those of this part, and of `credit`."""
+    group = parser.add_argument_group("critics, credit")
     group.add_argument("--seeds", type=int, default=5, help="runs of each setting")
     group.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    group.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    group.add_argument(
-        "--docs", action="store_true", help="also write the tables into docs/benchmarks.md"
-    )
+    group.add_argument("--only", nargs="+", metavar="SETTING", help="rows of the table")
+    group.add_argument("--docs", action="store_true", help="also write docs/benchmarks.md")
+
+
+def chosen(only: Sequence[str] | None, settings: Mapping[str, object]) -> list[str]:
+    """The settings asked for; None: all.
+
+    Raises:
+        JobError: one that there is not.
+    """
+    unknown = sorted(set(only or ()) - set(settings))
+    if unknown:
+        raise JobError(f"--only: there is no {unknown[0]!r}; settings: {', '.join(settings)}")
+    return [name for name in settings if only is None or name in only]
 
 
 def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
     """One table a task, of all results there are. Seed by seed, so that an early end leaves comparable rows."""
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
-            for setting in arguments.only:
+            for setting in chosen(arguments.only, SETTINGS):
                 if not any(_is(line, task, setting, seed) for line in results()):
                     train(task, setting, seed, threads)
     found = results()

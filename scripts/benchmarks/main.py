@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import against_trl
+import credit
 import critics
 import memory
+import packing
 import rollout
 import sync
 import training
@@ -17,6 +19,8 @@ from report import Report, as_json, as_text
 from surroundings import describe
 
 PARTS = {"rollout": rollout, "train": training, "memory": memory, "trl": against_trl}
+COMPARISONS = {"critics": critics, "credit": credit, "packing": packing}
+"""Not among all: half an hour to many hours each."""
 
 
 def main() -> int:
@@ -24,7 +28,7 @@ def main() -> int:
         prog="scripts/benchmark", description="Measure llmac on this machine."
     )
     parser.add_argument(
-        "part", nargs="?", default="all", choices=[*PARTS, "sync", "critics", "all"]
+        "part", nargs="?", default="all", choices=[*PARTS, "sync", *COMPARISONS, "all"]
     )
     parser.add_argument("--json", type=Path, help="also write every number there")
     parser.add_argument("--threads", type=int, default=1, help="of every process (default 1)")
@@ -34,6 +38,7 @@ def main() -> int:
     parser.add_argument("--relative-to", type=Path, default=Path.cwd(), help=argparse.SUPPRESS)
     sync.add_options(parser)
     critics.add_options(parser)
+    packing.add_options(parser)
     arguments = parser.parse_args()
     chosen = [*PARTS, "sync"] if arguments.part == "all" else [arguments.part]
 
@@ -45,8 +50,8 @@ def main() -> int:
         try:
             if name == "sync":
                 found = sync.measure(sync.choice(arguments), arguments.threads)
-            elif name == "critics":  # not among all: an hour or two
-                found = critics.measure(arguments, arguments.threads)
+            elif name in COMPARISONS:
+                found = COMPARISONS[name].measure(arguments, arguments.threads)
             else:
                 start = arguments.relative_to / arguments.start if arguments.start else None
                 found = PARTS[name].measure(start or quickstart_start(), arguments.threads)
