@@ -97,6 +97,17 @@ def completions_of(
     return completions * request.params.n if greedy else completions
 
 
+def cached_tokens(answer: Any) -> int | None:
+    """Tokens of the prompt whose keys and values the server had already; None where it does not say.
+
+    >>> cached_tokens({"usage": {"prompt_tokens_details": {"cached_tokens": 32}}}), cached_tokens({})
+    (32, None)
+    """
+    usage = answer.get("usage") or {}
+    details = usage.get("prompt_tokens_details") or {}
+    return details.get("cached_tokens")
+
+
 @functools.cache
 def tls() -> ssl.SSLContext:
     """Certificates for https, read once: reading them takes httpx longer than a request."""

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from llmac.core.measures import Metrics
 from llmac.core.protocols import Completion, Request, SamplingParams
 from llmac.engines import vllm_process, vllm_weights
 from llmac.engines.deep_sleep import survives_discarding
 from llmac.engines.manifest import Manifest
+from llmac.engines.prefix_hits import PrefixHits
 from llmac.engines.readiness import Readiness, SleepLevel
 from llmac.engines.requests import (
     check_requests,
@@ -99,6 +101,7 @@ class VLLMEngine:
         self._manifest = Manifest.of(skeleton)
         self._ends = end_tokens(tokenizer, generation_config_of(model, revision))
         self._version = 0
+        self._hits = PrefixHits()
 
         with vllm_process.process_state_restored():
             on_cpu = vllm_process.import_vllm()
@@ -118,8 +121,13 @@ class VLLMEngine:
                 "enforce_eager": enforce_eager or on_cpu,
                 "enable_sleep_mode": sleep_level > 0 and not on_cpu,
                 "disable_log_stats": True,
+                "enable_prefix_caching": True,
             }
-            if not on_cpu:
+            if on_cpu:
+                options["block_size"] = vllm_process.CPU_BLOCK_TOKENS
+                # A prompt read in parts puts its random numbers back, which vLLM can do on a GPU only.
+                options["enable_chunked_prefill"] = False
+            else:
                 options["gpu_memory_utilization"] = gpu_memory_utilization
             room = kv_cache_mb if kv_cache_mb is not None or not on_cpu else CPU_KV_CACHE_MB
             if room is not None:
@@ -137,6 +145,7 @@ class VLLMEngine:
                 )
             self._llm = vllm_process.build(options, shared_name=shared_name if shared else None)
             self._max_tokens = self._llm.llm_engine.model_config.max_model_len
+            self._reuses = bool(self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
             # A proxy, so that `close` frees the engine.
             self._ready = Readiness(weakref.proxy(self._llm), level=0 if on_cpu else sleep_level)
             self._copies_in = on_cpu and vllm_weights.is_as_loaded(self._llm)
@@ -154,6 +163,14 @@ class VLLMEngine:
     def policy_version(self) -> int:
         """The version given to the last completed `load_weights`; 0 before any."""
         return self._version
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        """Whether a prompt that begins like an earlier one of the same weights is not read from the beginning.
+
+        vLLM does so in blocks of 16 tokens or more (32 on CPU), and not for all architectures.
+        """
+        return self._reuses
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """`params.n` completions for each request, in the order of the requests.
@@ -213,6 +230,10 @@ class VLLMEngine:
         self._version = version
         self._ready.finish_update()
 
+    def metrics(self) -> Metrics:
+        """The fraction of prompt tokens whose keys and values were cached since the last call."""
+        return self._hits.drain()
+
     def sleep(self) -> None:
         """Free accelerator memory as `sleep_level` says; on CPU nothing is freed."""
         if self._llm is not None:
@@ -244,6 +265,7 @@ class VLLMEngine:
         """Log-probabilities of a short greedy answer to one token."""
         params = SamplingParams(temperature=0.0, max_new_tokens=min(4, self._max_tokens - 1))
         ((completion,),) = self._sampled([Request(prompt_ids=(0,), params=params)], [0])
+        self._hits.drain()
         return list(completion.logprobs)
 
     def _offer(self, requests: Sequence[Request]) -> Offer:
@@ -278,6 +300,10 @@ class VLLMEngine:
                 f"vLLM failed while sampling and has been shut down: {type(error).__name__}: {error}. Restart the run "
                 f"from its checkpoint{way_out}"
             ) from error
+        for output in outputs:
+            # vLLM says it of the last of its responses to finish: the first one to start may have found less.
+            count, tokens = len(output.outputs), len(output.prompt_token_ids or ())
+            self._hits.add(asked=count * tokens, reused=count * (output.num_cached_tokens or 0))
         return [
             completions(request, output, self._version)
             for request, output in zip(requests, outputs, strict=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from llmac.engines.vllm_process import MEMORY_KNOBS, is_about_memory
+from llmac.engines.vllm_process import CPU_BLOCK_TOKENS, MEMORY_KNOBS, is_about_memory
 from llmac.engines.weight_sender import WeightSender
 from llmac.errors import EngineError
 
@@ -98,6 +98,7 @@ def server_command(
         "--max-num-seqs": max_num_seqs,
         "--tensor-parallel-size": tensor_parallel_size,
         "--distributed-executor-backend": "uni" if on_cpu and tensor_parallel_size == 1 else None,
+        "--block-size": CPU_BLOCK_TOKENS if on_cpu else None,
         "--gpu-memory-utilization": None if on_cpu else gpu_memory_utilization,
         "--revision": revision,
         "--weight-transfer-config": json.dumps({"backend": backend}),
@@ -112,9 +113,12 @@ def server_command(
         options["--kv-cache-memory-bytes"] = room << 20
     flags = {
         "--enforce-eager": enforce_eager or on_cpu,
+        # A prompt read in parts puts its random numbers back, which vLLM can do on a GPU only.
+        "--no-enable-chunked-prefill": on_cpu,
         "--trust-remote-code": trust_remote_code,
         "--disable-log-stats": True,
         "--enable-prefix-caching": True,
+        "--enable-prompt-tokens-details": True,
         "--enable-scale-out": True,  # the route for token ids
     }
     return [

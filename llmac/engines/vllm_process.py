@@ -30,6 +30,9 @@ MEMORY_KNOBS = (
     "(GPU) or rollout.kv_cache_mb; or lower actor.max_tokens_per_microbatch if training holds the memory"
 )
 
+CPU_BLOCK_TOKENS = 32
+"""Tokens of a prompt that are cached or not together on CPU, where vLLM would take 128: the least it is fast with."""
+
 
 def import_vllm() -> bool:
     """Import vLLM and switch off what does not survive an update; returns whether it computes on CPU.

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from llmac.core.measures import Measure, Sum
 from llmac.core.protocols import Completion, Request
 from llmac.engines.manifest import Manifest
+from llmac.engines.prefix_hits import PrefixHits
 from llmac.engines.requests import (
     check_requests,
     end_tokens,
@@ -31,7 +33,7 @@ from llmac.engines.requests import (
 from llmac.engines.server_facts import checked_url, health_problem
 from llmac.engines.server_fleet import Fleet, LocalServer
 from llmac.engines.server_pool import Job, Pool, Server
-from llmac.engines.server_protocol import WeightLabel, body_of, completions_of
+from llmac.engines.server_protocol import WeightLabel, body_of, cached_tokens, completions_of
 from llmac.engines.server_ranks import Lockstep, Ranks, WeightStream, told
 from llmac.engines.server_session import Sender
 from llmac.errors import EngineError, LlmacError
@@ -97,6 +99,7 @@ class VLLMServerEngine:
         self._timeout_seconds = request_timeout_seconds
         self._label = WeightLabel(0)
         self._updates = self._repeated = self._failures = 0
+        self._hits = PrefixHits()
         self._incomplete: str | None = None
         self._closed = False
         self._fleet: Fleet | None = None
@@ -130,6 +133,11 @@ class VLLMServerEngine:
     def policy_version(self) -> int:
         """The version given to the last completed `load_weights`; 0 before any."""
         return self._label.version
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        """True: servers are started with prefix caching; one that somebody else runs is taken to have it on too."""
+        return True
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """`params.n` completions for each request, in the order of the requests. A collective; `requests` may be empty.
@@ -181,7 +189,7 @@ class VLLMServerEngine:
             self._recover(version)
 
     def metrics(self) -> dict[str, Measure]:
-        """What happened to servers since the last call; to be combined over ranks."""
+        """What happened to servers, and how much of prompts was cached, since the last call; combined over ranks."""
         restarts = self._fleet.restarts if self._fleet is not None else 0
         counted: dict[str, Measure] = {
             "rollout/server_failures": Sum(float(self._failures)),
@@ -191,7 +199,7 @@ class VLLMServerEngine:
         self._failures = self._repeated = 0
         if self._fleet is not None:
             self._fleet.restarts = 0
-        return counted
+        return counted | dict(self._hits.drain())
 
     def sleep(self) -> None:
         """Nothing to free: servers have hardware of their own."""
@@ -263,8 +271,20 @@ class VLLMServerEngine:
             body=body_of(request, seed=seed, ends=self._ends),
             responses=responses,
             tokens=len(request.prompt_ids) + responses * params.max_new_tokens,
-            read=lambda answer, url: completions_of(answer, request, label, url),
+            read=lambda answer, url: self._read(answer, request, label, url),
         )
+
+    def _read(
+        self, answer: Any, request: Request, label: WeightLabel, url: str
+    ) -> list[Completion]:
+        """The completions of one request; how much of its prompt was cached is counted, if the server says it."""
+        found = completions_of(answer, request, label, url)
+        cached = cached_tokens(answer)
+        if cached is not None:
+            responses = 1 if request.params.temperature == 0 else len(found)
+            asked = responses * len(request.prompt_ids)
+            self._hits.add(asked=asked, reused=responses * cached)
+        return found
 
     def _recover(self, version: int | None = None) -> None:
         """With no server left: wait for some, and give them the weights of the last update anew."""

@@ -32,6 +32,7 @@ class FakeServer:
         self.broken = lambda path, body: None
         """Returns None to go on, (status, answer), or "drop" to cut the connection."""
         self.seconds = 0.0
+        self.says_cached = False
         """An answer to a request takes so long."""
         self.calls = []
         self.prompts = []
@@ -195,7 +196,9 @@ class FakeServer:
         time.sleep(self.seconds)
         with self._lock:
             self.at_once -= params.get("n", 1)
-        return {"choices": [choice(body, place, label) for place in range(params.get("n", 1))]}
+        choices = [choice(body, place, label) for place in range(params.get("n", 1))]
+        usage = {"prompt_tokens_details": {"cached_tokens": 1} if self.says_cached else None}
+        return {"choices": choices, "usage": usage}
 
 
 def choice(body, place, label):

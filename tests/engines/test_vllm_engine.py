@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from llmac.core.measures import Mean
 from llmac.core.protocols import Request, RolloutEngine, SamplingParams
 from llmac.core.types import Finish
 from llmac.engines.probe import (
@@ -137,6 +138,29 @@ def test_seeds_repeat_and_siblings_differ(engine, prompts):
     assert engine.generate(requests) == first
     assert len({c.token_ids for c in flat(first)}) > 9
     assert engine.generate(ask([prompts[0]] * 2, n=6, max_new_tokens=12, seed=5)) != first
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_not_read_from_the_beginning(built, engine):
+    _, make = built
+    assert engine.reuses_prefixes
+    engine.metrics()
+    trunk = tuple(2 + place % 37 for place in range(70))
+    engine.generate(ask([trunk], max_new_tokens=2, seed=0))
+    assert engine.metrics() == {"rollout/prefix_hit_rate": Mean(0.0, 70.0)}
+    # Two whole blocks of 32 are there already.
+    engine.generate(ask([(*trunk, 5, 6)], n=3, max_new_tokens=2, seed=0))
+    assert engine.metrics() == {"rollout/prefix_hit_rate": Mean(3 * 64.0, 3 * 72.0)}
+    assert engine.metrics() == {}
+    engine.load_weights(make(1).named_parameters(), version=1)
+    engine.generate(ask([trunk], max_new_tokens=2, seed=0))
+    assert engine.metrics() == {"rollout/prefix_hit_rate": Mean(0.0, 70.0)}
+
+
+def test_more_prompts_than_fit_in_one_pass_are_sampled(engine):
+    # 158 x 76 tokens that share nothing: more than vLLM reads at once. On CPU it cannot read a prompt in parts.
+    prompts = [(*divmod(place, 36), *range(2, 39), *range(2, 39)) for place in range(2, 160)]
+    answers = engine.generate(ask(prompts, max_new_tokens=2, seed=0))
+    assert len(answers) == len(prompts)
 
 
 def test_without_a_seed_torch_decides(engine, prompts):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from llmac.core.measures import Mean
 from llmac.core.protocols import Request, RolloutEngine, SamplingParams
 from llmac.core.types import Finish
 from llmac.engines import server_pool
@@ -199,6 +200,18 @@ def test_greedy_siblings_are_computed_once(build, servers):
     assert [c.token_ids for c in siblings] == [(2, 0)] * 3
     assert siblings[0].finish is Finish.LENGTH
     assert siblings[0].logprobs == (-0.5, -0.5)
+
+
+def test_cached_tokens_of_prompts_are_counted_where_a_server_says_them(build, servers):
+    engine = build(servers=servers[:1])
+    assert engine.reuses_prefixes
+    engine.generate(ask(3))
+    assert "rollout/prefix_hit_rate" not in engine.metrics()
+    servers[0].says_cached = True
+    # One token in two of every prompt; greedy siblings are one response.
+    engine.generate([*ask(3, n=2), *ask(1, n=4, temperature=0.0)])
+    assert engine.metrics()["rollout/prefix_hit_rate"] == Mean(7.0, 14.0)
+    assert "rollout/prefix_hit_rate" not in engine.metrics()
 
 
 def test_a_slow_server_gets_less(build, servers, weights):
