@@ -50,8 +50,10 @@ def test_a_row_longer_than_the_budget_stands_alone(make_trajectory):
 
 def test_rows_side_by_side_fill_the_budget_without_padding(make_trajectory):
     rows = [make_trajectory([1] * size, [2]) for size in (5, 1, 3, 2, 9)]
-    found = Packing(kind="varlen", max_tokens=9, pad_id=0).micro_batches(rows)
-    assert [batch.tolist() for batch in found] == [[1, 3, 2], [0], [4]]  # 2 + 3 + 4, 6, 10 alone
+    packing = Packing(kind="varlen", max_tokens=8, pad_id=0)
+    found = packing.micro_batches(rows)
+    assert [batch.tolist() for batch in found] == [[1, 3], [2], [0], [4]]  # 2 + 3, 4, 6, 10 alone
+    assert packing.pack(rows[:3]).input_ids.shape == (1, 6 + 2 + 4)
 
 
 def packed_as(packing, rows):
@@ -67,11 +69,20 @@ def test_a_trie_is_made_where_it_saves_a_fifth_of_the_padded_tokens(make_traject
     assert packed_as(auto, [make_trajectory([1] * 3, [2 + i] * 7) for i in range(2)]) == ["padded"]
 
 
+def test_bins_are_those_of_a_trie_where_it_saves_a_fifth(make_trajectory):
+    rows = [make_trajectory([1] * 7, [2 + i] * 13) for i in range(8)]  # 7 + 8 · 13 of 160: 69 %
+    auto, trie = (Packing(kind=kind, max_tokens=60, pad_id=0) for kind in ("auto", "trie"))
+    found, wanted = (
+        [batch.tolist() for batch in packing.micro_batches(rows)] for packing in (auto, trie)
+    )
+    assert found == wanted == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_no_micro_batch_of_an_automatic_packing_is_larger_than_the_budget(make_trajectory):
     auto = Packing(kind="auto", max_tokens=30, pad_id=0)
     shared = [make_trajectory([1] * 8, [2 + i] * 2) for i in range(16)]
-    # Long rows alone in their groups share nothing, but are in bins with those that do.
-    alone = [make_trajectory([20 + i] * 9, [1]) for i in range(6)]
+    # Rows alone in their groups share nothing; those of 9, 11 and 9 tokens fit into a bin, but not padded.
+    alone = [make_trajectory([20 + i] * size, [1]) for i, size in enumerate([8, 8, 10, 8, 8, 8])]
     for rows in (shared, alone, shared + alone):
         kinds = packed_as(auto, rows)
         assert ("trie" in kinds) is (rows is not alone)

@@ -13,7 +13,7 @@ from llmac.errors import ConfigError, ConsistencyError
 from llmac.models.loading import add_lora, train_in_full_mode
 from llmac.models.packing import Packing, pack, pack_along_paths
 from llmac.models.policy import TokenPolicy
-from llmac.models.tree_attention import Paths, attend, why_not
+from llmac.models.tree_attention import SMALL_AREA, WASTE, Paths, attend, why_not
 from llmac.models.trie import Trie
 from llmac.models.value_heads import HeadSpec
 from llmac.models.value_model import ValueModel
@@ -143,7 +143,14 @@ def test_each_distinct_token_is_computed_once(family):
     model = policy.model
     [(_, rows)] = packed("trie", family)
     policy(rows)  # probes
+    masks = []
     hooks = [
+        model.model.layers[0].register_forward_pre_hook(
+            lambda _m, _given, named: masks.append(named["attention_mask"].numel()),
+            with_kwargs=True,
+        )
+    ]
+    hooks += [
         layer.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0].shape))
         for layer in (model.model.layers[0].mlp, model.lm_head)
     ]
@@ -151,6 +158,7 @@ def test_each_distinct_token_is_computed_once(family):
     for hook in hooks:
         hook.remove()
     assert seen == [(1, len(distinct), 16), (len(chosen), 16)]
+    assert masks == [1]  # nobody made one of N x N
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -174,10 +182,18 @@ def test_a_value_model_judges_and_learns_of_a_trie_what_it_does_of_padded_rows(h
         return ordered.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     values, gradient = judged("padded")
+    asked = []
+    model.head.register_forward_hook(lambda _m, inputs, _out: asked.append(len(inputs[0])))
     for kind in KINDS:
         also_values, also_gradient = judged(kind)
         torch.testing.assert_close(also_values, values, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(also_gradient, gradient, rtol=1e-5, atol=2e-5)
+    states = [
+        t.prompt.token_ids + t.response_ids[:n]
+        for t in family
+        for n in range(len(t.response_ids) + 1)
+    ]
+    assert asked == [len(set(states)), len(states)]
 
 
 def test_hidden_vectors_of_a_shared_trunk_are_those_of_padded_rows(family):
@@ -209,6 +225,7 @@ def test_without_paths_a_prepared_model_is_as_before(family):
         ("mistral", {"sliding_window": 8}, "slides over 8"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
         ("gemma2", {}, "sliding_attention"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "capped"),
         ("mamba", {}, "linear_attention"),
         ("bloom", {"n_head": 2, "n_layer": 1}, "cannot be replaced"),
         ("qwen2", {"attn_implementation": "eager"}, "is eager"),
@@ -260,6 +277,24 @@ def test_attention_that_wants_more_is_refused(family):
     rows = pack_along_paths(family, pad_id=0)
     with pytest.raises(ConfigError, match=r"Qwen2Attention .* \(softcap\)"):
         model(**rows.inputs(), softcap=2.0)
+    torch.manual_seed(0)
+    forgetful = AutoModelForCausalLM.from_config(config(attention_dropout=0.5)).train()
+    Packing(kind="trie", max_tokens=1, pad_id=0).fitting(forgetful)
+    with pytest.raises(ConfigError, match=r"\(dropout\)"):
+        forgetful(**rows.inputs())
+
+
+def test_rows_of_similar_size_ask_together_and_little_is_padded():
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.randint(20, 300, (120,), generator=draw).tolist()
+    rows = [(1,) * (30 * (i % 5)) + (2 + i,) * size for i, size in enumerate(sizes)]
+    trie = Trie.of([*rows, *rows[:30]])  # who brings nothing, asks nothing
+    blocks = Paths.of(trie).blocks
+    needed = int(((trie.lengths - trie.shared) * trie.lengths).sum())
+    padded = sum(len(b.asking) * len(b.answering) // b.rows for b in blocks)
+    assert padded <= WASTE * needed + SMALL_AREA * len(blocks)
+    assert len(blocks) < len(rows) / 4
+    assert sum(block.rows for block in blocks) == len(rows)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
