@@ -239,6 +239,8 @@ def _flex(
 ) -> Tensor:
     attention = _compiled_flex() if query.device.type == "cuda" else flex_attention
     grouped = query.shape[1] != key.shape[1]
+    # Under autocast rotary positions leave queries and keys in float32, and flex attention does not cast.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     found = attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     return found.transpose(1, 2)
 
