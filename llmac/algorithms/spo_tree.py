@@ -124,7 +124,19 @@ class SPOTree(DoubtfulTokens):
         return True
 
     def plan(self, *, prompts_per_step: int, sampling: SamplingParams) -> RolloutPlan:
-        """A tree for each of this rank's prompts, and edges of earlier ones."""
+        """A tree for each of this rank's prompts, and edges of earlier ones.
+
+        Raises:
+            ValueError: no response is long enough to reach the last level.
+        """
+        inner, limit = len(self.branching) - 1, sampling.max_new_tokens
+        if inner * self.segment_tokens >= limit:
+            raise ValueError(
+                f"segment_tokens is {self.segment_tokens} and branching {self.branching}, so that "
+                f"the last level would begin after {inner * self.segment_tokens} tokens, and a "
+                f"response has at most {limit}; lower segment_tokens to at most "
+                f"{max(1, (limit - 1) // inner)}, or leave out a level"
+            )
         return Tree(
             branching=self.branching,
             segment_tokens=self.segment_tokens,
@@ -143,13 +155,6 @@ class SPOTree(DoubtfulTokens):
     def segments(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
         """One segment a row: its own tokens."""
         return response_start(rollouts.action_mask & rollouts.fresh)
-
-    def policy_mask(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
-        """The segment's own tokens; with `mask_truncated`, not of leaves that the limit has cut."""
-        own = rollouts.action_mask & rollouts.fresh
-        if not self.mask_truncated:
-            return own
-        return own & ~(rollouts.truncated & ~rollouts.paused)[:, None]
 
     def credit(
         self, rollouts: Rollouts, values: Values | None, *, sum_across: AllSum = identity

@@ -139,7 +139,7 @@ def everything_about(algorithm: Algorithm) -> list:
         gradient,
         *([targets.returns, targets.value_mask] if targets else []),
     ]
-    plan = algorithm.plan(prompts_per_step=4, sampling=SamplingParams(max_new_tokens=8))
+    plan = algorithm.plan(prompts_per_step=4, sampling=SamplingParams(max_new_tokens=64))
     return [plan, algorithm.uses_reference, algorithm.needs_entropy, *(x.tolist() for x in tensors)]
 
 

@@ -175,12 +175,12 @@ def test_a_card_says_how_its_trees_grow():
     assert algorithm.group_size == 20
     assert card("spo_tree").group_size == 216
     assert algorithm.plan_knows_values
-    plan = algorithm.plan(prompts_per_step=3, sampling=SamplingParams(max_new_tokens=8))
+    plan = algorithm.plan(prompts_per_step=3, sampling=SamplingParams(max_new_tokens=64))
     assert plan == Tree(
         branching=(4, 5),
         segment_tokens=30,
         prompts_per_step=3,
-        sampling=SamplingParams(max_new_tokens=8),
+        sampling=SamplingParams(max_new_tokens=64),
         keep="all",
         edges_per_step=7,
         edges_per_prompt=32,
@@ -219,3 +219,12 @@ def test_values_and_deviations_that_nobody_knows_are_missed():
 def test_settings_that_cannot_work_are_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         card("spo_tree", **fields)
+
+
+def test_a_level_that_no_response_reaches_is_refused():
+    with pytest.raises(
+        ValueError, match=r"begin after 8 tokens.*lower segment_tokens to at most 3"
+    ):
+        card("spo_tree", branching=(2, 2, 2), segment_tokens=4).plan(
+            prompts_per_step=1, sampling=SamplingParams(max_new_tokens=8)
+        )
