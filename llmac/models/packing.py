@@ -65,7 +65,7 @@ class Packing:
 
     kind: Kind = "padded"
     """`trie`: each distinct (prefix, token) once; `varlen`: rows side by side without padding; `padded`; `auto`: a trie
-    where that saves a fifth of the padded tokens."""
+    where that saves a fifth of the padded tokens, and always padded on CUDA, where that was never measured."""
     max_tokens: int
     """Bound on the tokens of a micro-batch: distinct ones in a trie, else rows x longest row or their sum. A longer row
     stands alone."""
@@ -79,6 +79,9 @@ class Packing:
         """
         if self.kind == "padded":
             return self
+        if self.kind == "auto" and torch.cuda.is_available():
+            logger.info("rows are padded: tries are not measured on CUDA yet; try actor.packing: trie")
+            return replace(self, kind="padded")
         for model in models:
             reason = why_not(model)
             if reason is not None:
