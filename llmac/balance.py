@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from llmac.core.balance import destinations, distinct_tokens, imbalance, rank_loads
+from llmac.core.balance import destinations, imbalance, rank_loads
 from llmac.core.measures import Last, Metrics
+from llmac.core.prefixes import distinct_tokens
 from llmac.core.protocols import RolloutPlan, Uneven
 from llmac.core.types import Trajectory
 from llmac.runtime.links import Ranks

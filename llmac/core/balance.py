@@ -1,43 +1,12 @@
 """Even loads: which rank learns from which groups, when what was sampled differs from rank to rank."""
 
-import itertools
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 SLACK = 0.01
 """Evener by less than this fraction of the largest load is not worth sending more groups for."""
 
 Place = tuple[int, int]
 """(rank, position among the groups of that rank)"""
-
-
-def distinct_tokens(rows: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that are left to compute when what rows share from their beginning on counts once.
-
-        Σ_i |row_i| - Σ_i |common prefix of row_i and row_{i+1}|,      rows in lexicographic order
-
-    That is the number of nodes of their prefix tree.
-
-    Args:
-        rows: token ids, from the first token of the prompt on.
-
-    >>> distinct_tokens([(1, 2, 3), (1, 2, 4, 5), (9,)])
-    6
-    """
-    ordered = sorted(rows)
-    shared = sum(common_prefix(a, b) for a, b in itertools.pairwise(ordered))
-    return sum(map(len, ordered)) - shared
-
-
-def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Length of what both begin with.
-
-    >>> common_prefix((1, 2, 3), (1, 2, 4, 5)), common_prefix((1, 2), (1, 2, 3))
-    (2, 2)
-    """
-    differs: Iterator[bool] = map(operator.ne, a, b)
-    different = itertools.compress(itertools.count(), differs)
-    return next(different, min(len(a), len(b)))
 
 
 def imbalance(loads: Sequence[int]) -> float:

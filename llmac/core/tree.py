@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from llmac.core.balance import distinct_tokens
 from llmac.core.edges import EdgeAdvantage, informative
 from llmac.core.growing import continued, refuse_blind_stops
 from llmac.core.measures import Mean, Measure, Sum
 from llmac.core.nodes import Node, depths, edges, leaves, merged
 from llmac.core.plain_trajectory import refuse_what_cannot_be_saved
 from llmac.core.plans import ask, request_seed
+from llmac.core.prefixes import distinct_tokens
 from llmac.core.protocols import PromptSource, Request, RolloutEngine, SamplingParams, Scorer
 from llmac.core.replay import Drawn, ReplayBuffer
 from llmac.core.types import AllSum, Finish, Prompt, Trajectory, identity

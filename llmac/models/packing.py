@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llmac.core.prefixes import distinct_tokens
 from llmac.core.types import Rollouts, Trajectory
 from llmac.models import trie
 from llmac.models.tree_attention import Paths, arguments, follow_paths, logger, why_not
@@ -80,7 +81,9 @@ class Packing:
         if self.kind == "padded":
             return self
         if self.kind == "auto" and torch.cuda.is_available():
-            logger.info("rows are padded: tries are not measured on CUDA yet; try actor.packing: trie")
+            logger.info(
+                "rows are padded: tries are not measured on CUDA yet; try actor.packing: trie"
+            )
             return replace(self, kind="padded")
         for model in models:
             reason = why_not(model)
@@ -99,7 +102,7 @@ class Packing:
         if kind == "auto":
             batches = micro_batches(trajectories, max_tokens=self.max_tokens)
             padded = sum(_padded([trajectories[i] for i in batch.tolist()]) for batch in batches)
-            if trie.distinct_tokens(_ids(trajectories)) > WORTH_SHARING * padded:
+            if distinct_tokens(_ids(trajectories)) > WORTH_SHARING * padded:
                 return batches
             kind = "trie"
         if kind == "padded":
@@ -115,7 +118,7 @@ class Packing:
         kind = self.kind
         if kind == "auto":
             padded = _padded(trajectories)
-            worth = trie.distinct_tokens(_ids(trajectories)) <= WORTH_SHARING * padded
+            worth = distinct_tokens(_ids(trajectories)) <= WORTH_SHARING * padded
             too_wide = padded > self.max_tokens and len(trajectories) > 1
             kind = "trie" if worth or too_wide else "padded"
         if kind == "padded":

@@ -6,12 +6,11 @@ it, and every subtree is an interval of nodes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-Ids = tuple[int, ...]
+from llmac.core.prefixes import Ids, depth_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,35 +72,6 @@ class Trie:
             lengths=lengths,
             shared=brought,
         )
-
-
-def depth_first(rows: Sequence[Ids]) -> tuple[list[int], list[int]]:
-    """Rows sorted by their tokens, and how many tokens each then shares with the one before it.
-
-    >>> depth_first([(1, 3), (1, 2, 4), (1, 2)])
-    ([2, 1, 0], [0, 2, 1])
-    """
-    order = sorted(range(len(rows)), key=lambda row: rows[row])
-    pairs = pairwise(order)
-    return order, [0, *(common_prefix(rows[a], rows[b]) for a, b in pairs)]
-
-
-def common_prefix(one: Ids, other: Ids) -> int:
-    """Tokens that both begin with."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:  # by halves: comparing slices is faster than comparing tokens
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def distinct_tokens(rows: Sequence[Ids]) -> int:
-    """Nodes of the rows' trie, without making it."""
-    _, shared = depth_first(rows)
-    return sum(map(len, rows)) - sum(shared)
 
 
 def bins(rows: Sequence[Ids], begins: Sequence[int], *, max_tokens: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmac.core.balance import distinct_tokens
+from llmac.core.prefixes import distinct_tokens
 from llmac.core.types import Finish, Prompt, Trajectory
 
 VOCABULARY = 2048

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from llmac.core.balance import SLACK, destinations, distinct_tokens, imbalance, rank_loads
+from llmac.core.balance import SLACK, destinations, imbalance, rank_loads
+from llmac.core.prefixes import distinct_tokens
 
 
 def test_distinct_tokens_are_the_distinct_prefixes():

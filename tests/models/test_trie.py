@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from llmac.models.trie import Trie, bins, common_prefix, depth_first, distinct_tokens
+from llmac.core.prefixes import common_prefix, depth_first, distinct_tokens
+from llmac.models.trie import Trie, bins
 
 
 def random_rows(seed, count=30):

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from llmac.actor import Actor
 from llmac.algorithms.grpo import GRPO
 from llmac.balance import balanced
-from llmac.core.balance import distinct_tokens, imbalance
+from llmac.core.balance import imbalance
 from llmac.core.collate import collate
+from llmac.core.prefixes import distinct_tokens
 from llmac.models.packing import Packing
 from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
