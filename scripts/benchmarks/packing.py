@@ -116,7 +116,7 @@ def table(timed: Mapping[str, Any], peaks: Mapping[str, float]) -> list[list[Cel
     label = f"{timed['title']}: {timed['rows']} rows"
     return [
         [
-            label,
+            label if name == KINDS[0] else "",
             "ideal" if name == "unshared" else name,
             computed[name],
             computed[name] / timed["distinct"],

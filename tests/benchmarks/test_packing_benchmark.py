@@ -126,7 +126,7 @@ def test_ratios_are_taken_within_rounds(packing):
     assert padded == ["tree: 7 rows", "padded", 10, 1.0, 18.0, 6.0, 9.0, 30.0]
     assert varlen[4:] == [12.0, 4.0, 6.0, 20.0]
     assert trie[3:] == [3.0, 3.0, 1.0, 1.5, 10.0]
-    assert ideal[1:] == ["ideal", 40, 4.0, 2.0, pytest.approx(2 / 3), 1.0, None]
+    assert ideal == ["", "ideal", 40, 4.0, 2.0, pytest.approx(2 / 3), 1.0, None]
 
 
 def test_kinds_that_disagree_are_not_compared(packing):
