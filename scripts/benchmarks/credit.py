@@ -34,9 +34,14 @@ class Task:
     steps: int
     every: int
     """Steps from one evaluation to the next."""
+    lr: float
+    """Of all methods."""
 
 
-TASKS = {"quickstart": Task(steps=60, every=5), "stages": Task(steps=60, every=5)}
+TASKS = {
+    "quickstart": Task(steps=40, every=4, lr=5e-4),
+    "stages": Task(steps=40, every=4, lr=1e-4),
+}
 SETTINGS = {
     "GRPO": "grpo",
     "PPO": "ppo",
@@ -89,6 +94,7 @@ def train(name: str, setting: str, seed: int, threads: int) -> None:
             f"data.name={start / 'train.jsonl'}",
             f"evaluation.data.name={start / 'held_out.jsonl'}",
             f"evaluation.every={task.every}",
+            f"actor.lr={task.lr}",
             f"run.output={folder / 'run'}",
             f"run.seed={seed}",
             f"run.steps={task.steps}",
