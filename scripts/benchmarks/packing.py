@@ -100,7 +100,7 @@ def of_model(model: str, arguments: argparse.Namespace, threads: int) -> Report:
         ],
         rows=rows,
         notes=[
-            f"Forward and backward, packing included, medians of {arguments.packing_rounds} rounds in turn; ratios "
+            f"Forward and backward, packing included; rounds in turn: {arguments.packing_rounds}, medians, ratios "
             "within rounds. Ideal: unshared rows of the same lengths with as many tokens as there are distinct ones. "
             "Peak: resident memory above that of model and gradients, a process each. All ways give equal "
             "log-probabilities and gradients."
