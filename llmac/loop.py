@@ -18,6 +18,7 @@ from llmac.core.collate import collate
 from llmac.core.diagnostics import critic_health
 from llmac.core.measures import Max, Mean, Metrics, Sum
 from llmac.core.protocols import (
+    CountsPrefixHits,
     Critic,
     Decode,
     Metered,
@@ -48,10 +49,6 @@ from llmac.runtime.phases import Phases
 from llmac.schedule import PolicySchedule
 
 logger = logging.getLogger(__name__)
-
-SAMPLED = "rollout/sampled_tokens"
-"""All that a step sampled. A plan that samples more than its rows, or replays, says so itself; a critic that samples
-adds its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +135,7 @@ def train(run: Run, parts: Parts) -> None:
 
     for step in range(done + 1, run.steps + 1):
         # 1. Act: sample responses with the current policy and reward the finished ones.
+        prefix_hits(engine)  # those of probes and evaluations
         with phase("gen"):
             trajectories, counts = parts.plan.rollout(
                 engine,
@@ -157,7 +155,8 @@ def train(run: Run, parts: Parts) -> None:
 
         # 3. Value: V(s) exactly where the algorithm wants it. No critic, no values.
         with phase("values"):
-            sampled = describe(rollouts)
+            # What the plan says itself it knows better: it may have sampled more than these rows, or less.
+            said = {**describe(rollouts), **counts}
             asked = critic if algorithm.uses_values else None
             readable = {"decode": parts.decode} if algorithm.reads_text else {}
             values = (
@@ -167,6 +166,7 @@ def train(run: Run, parts: Parts) -> None:
                 rollouts, values = with_offered(asked.responses(), rollouts, values, parts)
             if isinstance(asked, Metered):
                 log.add(asked.metrics())
+            log.add(prefix_hits(engine))
 
         # 4. Credit: who deserves what. With the loss, this *is* the algorithm; pure, but for a memory it may keep.
         with phase("adv"):
@@ -198,9 +198,7 @@ def train(run: Run, parts: Parts) -> None:
             )
         moved = moved or moves
 
-        log.add(counts, evenness, credit.metrics, parts.score.metrics(), sampled)
-        if SAMPLED not in counts and not replays:
-            log.add({SAMPLED: sampled["rollout/tokens"]})
+        log.add(said, evenness, credit.metrics, parts.score.metrics())
         if isinstance(engine, Metered):
             log.add(engine.metrics())
         parts.completions.log(step, rollouts, credit)
@@ -303,6 +301,11 @@ def look_at_held_out(parts: Parts) -> None:
             parts.log.add({f"eval/{held_out.name}/{name}": measure})
 
 
+def prefix_hits(engine: RolloutEngine) -> Metrics:
+    """How much of its prompts an engine that knows did not have to compute, since the last call."""
+    return engine.prefix_hits() if isinstance(engine, CountsPrefixHits) else {}
+
+
 def check_versions(trajectories: Sequence[Trajectory], version: int) -> None:
     """Responses must come from the weights of the last sync, but for those that are replayed."""
     stale = [t for t in trajectories if t.policy_version != version and not t.age]
@@ -327,17 +330,21 @@ def with_offered(
 
 
 def describe(rollouts: Rollouts) -> Metrics:
-    """What is always worth knowing of a step's responses: lengths of those that ended, tokens sampled in this step."""
+    """What is always worth knowing of a step's rows: lengths of those that ended, tokens that are theirs to train on.
+
+    Those are what was sampled, unless the plan says otherwise.
+    """
     tokens = Sum((rollouts.action_mask & rollouts.fresh).sum())
+    counted: Metrics = {"rollout/tokens": tokens, "rollout/sampled_tokens": tokens}
     ended = ~rollouts.paused
     if not ended.any():
-        return {"rollout/tokens": tokens}
+        return counted
     lengths, count = rollouts.action_mask.sum(1)[ended], float(ended.sum())
     return {
         "response_length/mean": Mean(lengths.sum(), count),
         "response_length/max": Max(float(lengths.max())),
         "response_length/clip_ratio": Mean(rollouts.truncated[ended].sum(), count),
-        "rollout/tokens": tokens,
+        **counted,
     }
 
 

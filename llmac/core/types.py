@@ -68,7 +68,7 @@ class Trajectory:
     """[T], log μ(a_t|s_t) as the engine reports it; 0.0 where injected."""
     finish: Finish
     group: int
-    """Siblings answer the same prompt; a group never leaves its rank."""
+    """Siblings answer the same prompt; a group is never split over ranks."""
     reward: float | None = None
     """Outcome reward; None until scored."""
     reward_parts: Mapping[str, float | None] = field(default_factory=dict[str, float | None])

@@ -142,7 +142,7 @@ class HFEngine:
             target.data = tensor
         self._version = version
 
-    def metrics(self) -> Metrics:
+    def prefix_hits(self) -> Metrics:
         """The fraction of prompt tokens that were copied from an equal prompt, not computed, since the last call."""
         return self._hits.drain()
 

@@ -230,7 +230,7 @@ class VLLMEngine:
         self._version = version
         self._ready.finish_update()
 
-    def metrics(self) -> Metrics:
+    def prefix_hits(self) -> Metrics:
         """The fraction of prompt tokens whose keys and values were cached since the last call."""
         return self._hits.drain()
 

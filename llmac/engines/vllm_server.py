@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from llmac.core.measures import Measure, Sum
+from llmac.core.measures import Measure, Metrics, Sum
 from llmac.core.protocols import Completion, Request
 from llmac.engines.manifest import Manifest
 from llmac.engines.prefix_hits import PrefixHits
@@ -189,7 +189,7 @@ class VLLMServerEngine:
             self._recover(version)
 
     def metrics(self) -> dict[str, Measure]:
-        """What happened to servers, and how much of prompts was cached, since the last call; combined over ranks."""
+        """What happened to servers since the last call; combined over ranks."""
         restarts = self._fleet.restarts if self._fleet is not None else 0
         counted: dict[str, Measure] = {
             "rollout/server_failures": Sum(float(self._failures)),
@@ -199,7 +199,11 @@ class VLLMServerEngine:
         self._failures = self._repeated = 0
         if self._fleet is not None:
             self._fleet.restarts = 0
-        return counted | dict(self._hits.drain())
+        return counted
+
+    def prefix_hits(self) -> Metrics:
+        """The fraction of prompt tokens that servers said they had cached, since the last call."""
+        return self._hits.drain()
 
     def sleep(self) -> None:
         """Nothing to free: servers have hardware of their own."""

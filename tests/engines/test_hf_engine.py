@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from llmac.core.measures import Mean
-from llmac.core.protocols import Metered, Request, RolloutEngine, SamplingParams
+from llmac.core.protocols import CountsPrefixHits, Request, RolloutEngine, SamplingParams
 from llmac.core.types import Finish
 from llmac.engines.hf_engine import HFEngine
 from llmac.engines.wave import Wave
@@ -340,9 +340,9 @@ def test_prompt_tokens_that_are_copied_are_counted_until_they_are_drained(
     changes, reused, make_model, tokenizer
 ):
     engine = HFEngine(make_model(**changes), tokenizer)
-    assert isinstance(engine, Metered)
+    assert isinstance(engine, CountsPrefixHits)
     assert not engine.reuses_prefixes
-    assert engine.metrics() == {}, "the engine's own trial is not counted"
+    assert engine.prefix_hits() == {}, "the engine's own trial is not counted"
     # (5, 6, 7) is asked for four times and read once, (8, 9) is read once.
     engine.generate(
         [
@@ -351,8 +351,8 @@ def test_prompt_tokens_that_are_copied_are_counted_until_they_are_drained(
             *ask([(5, 6, 7)], max_new_tokens=4),
         ]
     )
-    assert engine.metrics() == {"rollout/prefix_hit_rate": Mean(reused, 4 * 3 + 2)}
-    assert engine.metrics() == {}
+    assert engine.prefix_hits() == {"rollout/prefix_hit_rate": Mean(reused, 4 * 3 + 2)}
+    assert engine.prefix_hits() == {}
 
 
 def test_dropout_is_off(make_model, tokenizer, prompts):

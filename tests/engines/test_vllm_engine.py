@@ -143,17 +143,17 @@ def test_seeds_repeat_and_siblings_differ(engine, prompts):
 def test_a_prompt_that_begins_like_an_earlier_one_is_not_read_from_the_beginning(built, engine):
     _, make = built
     assert engine.reuses_prefixes
-    engine.metrics()
+    engine.prefix_hits()
     trunk = tuple(2 + place % 37 for place in range(70))
     engine.generate(ask([trunk], max_new_tokens=2, seed=0))
-    assert engine.metrics() == {"rollout/prefix_hit_rate": Mean(0.0, 70.0)}
+    assert engine.prefix_hits() == {"rollout/prefix_hit_rate": Mean(0.0, 70.0)}
     # Two whole blocks of 32 are there already.
     engine.generate(ask([(*trunk, 5, 6)], n=3, max_new_tokens=2, seed=0))
-    assert engine.metrics() == {"rollout/prefix_hit_rate": Mean(3 * 64.0, 3 * 72.0)}
-    assert engine.metrics() == {}
+    assert engine.prefix_hits() == {"rollout/prefix_hit_rate": Mean(3 * 64.0, 3 * 72.0)}
+    assert engine.prefix_hits() == {}
     engine.load_weights(make(1).named_parameters(), version=1)
     engine.generate(ask([trunk], max_new_tokens=2, seed=0))
-    assert engine.metrics() == {"rollout/prefix_hit_rate": Mean(0.0, 70.0)}
+    assert engine.prefix_hits() == {"rollout/prefix_hit_rate": Mean(0.0, 70.0)}
 
 
 def test_more_prompts_than_fit_in_one_pass_are_sampled(engine):

@@ -206,12 +206,12 @@ def test_cached_tokens_of_prompts_are_counted_where_a_server_says_them(build, se
     engine = build(servers=servers[:1])
     assert engine.reuses_prefixes
     engine.generate(ask(3))
-    assert "rollout/prefix_hit_rate" not in engine.metrics()
+    assert "rollout/prefix_hit_rate" not in engine.prefix_hits()
     servers[0].says_cached = True
     # One token in two of every prompt; greedy siblings are one response.
     engine.generate([*ask(3, n=2), *ask(1, n=4, temperature=0.0)])
-    assert engine.metrics()["rollout/prefix_hit_rate"] == Mean(7.0, 14.0)
-    assert "rollout/prefix_hit_rate" not in engine.metrics()
+    assert engine.prefix_hits()["rollout/prefix_hit_rate"] == Mean(7.0, 14.0)
+    assert "rollout/prefix_hit_rate" not in engine.prefix_hits()
 
 
 def test_a_slow_server_gets_less(build, servers, weights):

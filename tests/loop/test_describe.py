@@ -37,8 +37,12 @@ def test_lengths_are_of_responses_that_ended_and_tokens_of_this_step():
         "response_length/max": 8.0,
         "response_length/clip_ratio": 0.5,
         "rollout/tokens": 1 + 2 + 5,
+        "rollout/sampled_tokens": 1 + 2 + 5,
     }
 
 
 def test_where_nothing_ended_there_are_no_lengths():
-    assert numbers((4, Finish.PAUSED, 1)) == {"rollout/tokens": 3.0}
+    assert numbers((4, Finish.PAUSED, 1)) == {
+        "rollout/tokens": 3.0,
+        "rollout/sampled_tokens": 3.0,
+    }
