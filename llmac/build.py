@@ -20,6 +20,7 @@ from llmac.console import Console, show_log_records
 from llmac.core.protocols import (
     AsksPromptValues,
     Critic,
+    Decode,
     NeedsRollouts,
     PromptCritic,
     ReadsText,
@@ -114,7 +115,7 @@ def build(
         recipe, tokenizer, runtime, longest=_longest(recipe, runtime, prompts, held_out)
     )
     try:
-        actor, critic = _learners(recipe, algorithm, runtime, engine, rewards, pad_id)
+        actor, critic = _learners(recipe, algorithm, runtime, engine, rewards, pad_id, decode)
     except BaseException:
         engine.close()  # nobody else knows of it yet, and it may be processes of its own
         raise
@@ -316,6 +317,7 @@ def _learners(
     engine: RolloutEngine,
     rewards: Rewards,
     pad_id: int,
+    decode: Decode,
 ) -> tuple[Actor, Critic | None]:
     """Who learns, beside an engine that sleeps meanwhile."""
     compute_dtype = torch.bfloat16 if recipe.model.compute_dtype else None
@@ -331,6 +333,7 @@ def _learners(
         engine=engine,
         score=rewards,
         sampling=sampling_of(recipe),
+        decode=decode,
         seed=recipe.run.seed,
         pad_id=pad_id,
         packing=recipe.actor.packing,

@@ -269,6 +269,7 @@ def _sample(
         prompts,
         score,
         sampling=sampling_of(run.recipe),
+        decode=parts.decode,
         states=truth.states,
         depths=truth.depths,
         rollouts=truth.rollouts,

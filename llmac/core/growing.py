@@ -5,6 +5,10 @@ import dataclasses
 from llmac.core.protocols import Completion, Decode, SamplingParams
 from llmac.core.types import Finish, Trajectory
 
+CUT_CHARACTER = 8
+"""Tokens more than a stop string has bytes: a text that is read from the middle of a character, or
+of a word, on may begin otherwise."""
+
 
 def continued(
     before: Trajectory,
@@ -21,10 +25,12 @@ def continued(
     response is at its end like one at the limit.
 
     A stop string that begins in `before` and ends in the addition is found in the text of both: an
-    engine that is asked only to continue cannot see it. The tokens behind it are cut off.
+    engine that is asked only to continue cannot see it. The tokens behind it are cut off. Without
+    stop strings nothing is decoded; with them, some tokens on both sides of where the two meet.
 
     Args:
-        before: what the engine was asked to continue; may have no tokens yet.
+        before: what the engine was asked to continue; may have no tokens yet, and has no stop
+            string: it would have ended there.
         completion: its answer.
         asked: most new tokens it was asked for.
         sampling: `max_new_tokens` is the length limit of the whole response.
@@ -40,7 +46,7 @@ def continued(
     return dataclasses.replace(
         before,
         response_ids=tokens[:length],
-        action_mask=(True,) * len(tokens[:length]),
+        action_mask=(*before.action_mask, *(True,) * len(completion.token_ids))[:length],
         sampler_logprobs=(*before.sampler_logprobs, *completion.logprobs)[:length],
         finish=finish,
         fresh_from=fresh_from,
@@ -54,7 +60,7 @@ def refuse_blind_stops(sampling: SamplingParams, decode: Decode | None, *, part:
     Args:
         sampling: whose stop strings.
         decode: text of token ids.
-        part: what the plan calls a part: window, segment.
+        part: what the caller calls a part: window, segment.
 
     Raises:
         ValueError: there are stop strings and no `decode`.
@@ -62,7 +68,7 @@ def refuse_blind_stops(sampling: SamplingParams, decode: Decode | None, *, part:
     if sampling.stop and decode is None:
         raise ValueError(
             f"stop strings {list(sampling.stop)} may begin in one {part} and end in the "
-            "next, which only text shows; set `decode` of the plan, or stop at token ids"
+            "next, which only text shows; give `decode`, or stop at token ids"
         )
 
 
@@ -72,11 +78,14 @@ def _stop_place(
     """Length at which a stop string is complete that the engine could not see; None: there is none."""
     if decode is None or not stops or fresh_from == 0:
         return None
+    # A token is a byte at least, so this many on each side hold what reaches over the border.
+    reach = CUT_CHARACTER + max(len(stop.encode()) for stop in stops)
+    start, end = max(0, fresh_from - reach), min(len(tokens), fresh_from + reach)
 
     def has_stop(length: int) -> bool:
-        text = decode(tokens[:length])
+        text = decode(tokens[start:length])
         return any(stop in text for stop in stops)
 
-    if not has_stop(len(tokens)):
+    if not has_stop(end):
         return None
-    return next(n for n in range(fresh_from + 1, len(tokens) + 1) if has_stop(n))
+    return next(n for n in range(fresh_from + 1, end + 1) if has_stop(n))

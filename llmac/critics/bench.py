@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from llmac.core.protocols import Critic, RolloutEngine, SamplingParams, Scorer
+from llmac.core.protocols import Critic, Decode, RolloutEngine, SamplingParams, Scorer
 from llmac.models.loading import LanguageModel, ModelSpec
 from llmac.models.packing import Kind, Packing
 from llmac.models.policy import TokenPolicy
@@ -35,6 +35,8 @@ class CriticBench:
     """For critics that ask for rewards."""
     sampling: SamplingParams | None = None
     """How the run samples responses, for critics that continue them; None: nothing can be sampled."""
+    decode: Decode | None = None
+    """Text of token ids, special tokens included; for critics that continue responses which stop strings end."""
     seed: int = 0
     """Of the run."""
     pad_id: int

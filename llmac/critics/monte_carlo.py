@@ -1,7 +1,8 @@
 """A critic that learns nothing and asks the policy itself: what do fresh continuations of the state earn?
 
-Critic of VinePPO (arXiv:2410.01679) and of SPO-chain (arXiv:2505.23564); there and here K = 9. Unbiased at every state,
-with a variance that falls as 1/K, and as many tokens to sample as that takes.
+Critic of VinePPO (arXiv:2410.01679) and of SPO-chain (arXiv:2505.23564); there and here K = 9. With K fixed, every
+state asked and no continuation cut before its response would be, it is unbiased at every state, for the policy as it is
+sampled (temperature, `top_p`, `top_k`), with a variance that falls as 1/K. What savings cost stands at their fields.
 """
 
 import hashlib
@@ -50,7 +51,8 @@ class MonteCarloConfig:
     Biased wherever it does; counted in `critic/continuations_cut`. None: the response's limit alone."""
     reuse: bool = False
     """Whether continuations are trained on too, each as a response that begins at its state. Its baseline is the mean
-    reward of the state's *other* continuations, so that the advantage is unbiased."""
+    reward of the state's *other* continuations, so that with a fixed K the advantage is unbiased; with
+    `standard_error` how many others there are depends on what they earned, and it is biased as the values are."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that nothing can be known from, and settings that contradict each other."""
@@ -107,12 +109,14 @@ class MonteCarloConfig:
 class MonteCarlo:
     """V(s_t) = (1/K) Σ_k reward of the whole response that continuation k of s_t completes.
 
-    A continuation is cut where the response would be cut and rewarded as a response would be, so a response at the
-    limit is worth what it earned: V(s_T) of one that was cut there is 0, and of one that is only paused it is asked
-    like any other. Values are of undiscounted rewards as scored (γ = 1), without a KL that the algorithm takes off.
+    A continuation ends where the response would, at the same stop strings, stop tokens and length limit, and is
+    rewarded as a response would be, so a response at the limit is worth what it earned: V(s_T) of one that was cut
+    there is 0, and of one that is only paused it is asked like any other. Values are of undiscounted rewards as scored
+    (γ = 1), without a KL that the algorithm takes off.
 
-    Nothing is remembered: seeds follow from the state, the run's seed and the version of the weights, so a resumed run
-    finds the same, and two ranks that ask about one state do, too.
+    Nothing is remembered: seeds follow from the state, the run's seed and the version of the weights. Where what an
+    engine samples is decided by the seed of a request, a resumed run finds the same, and two ranks that ask about one
+    state do, too.
     """
 
     def __init__(
@@ -122,11 +126,11 @@ class MonteCarlo:
 
         Args:
             config: settings.
-            bench: of it engine, score, seed and ranks.
+            bench: of it engine, score, decode, seed and ranks.
             sampling: as the run's responses are sampled.
         """
         self._config, self._sampling, self._seed = config, sampling, bench.seed
-        self._engine, self._runtime = bench.engine, bench.runtime
+        self._engine, self._runtime, self._decode = bench.engine, bench.runtime, bench.decode
         self._training = bench.score if isinstance(bench.score, CountingScorer) else None
         self._judge = None if self._training is None else self._training.for_evaluation()
         self._score: Scorer = self._judge or bench.score
@@ -157,7 +161,7 @@ class MonteCarlo:
             at[row, t] = worth[n]
         for (row, _), n in zip(ends, which[len(places) :], strict=True):
             bootstrap[row] = worth[n]
-        self._responses = _lessons([distinct[n] for n in unknown], found) if self.offers else []
+        self._responses = _lessons(found) if self.offers else []
         self._metrics |= {
             "critic/states": Sum(float(len(unknown))),
             "critic/states_merged": Mean(float(len(states) - len(distinct)), float(len(states))),
@@ -192,22 +196,24 @@ class MonteCarlo:
         tokens = [limit if most is None else min(limit, most) for limit in limits]
         budget = PromptBudget(config.tokens_per_prompt, states, tokens, rollouts.trajectories)
         found: list[list[Trajectory]] = [[] for _ in states]
+        sampled = 0
         counts, rounds = budget.allowed([config.continuations] * len(states), found), 0
         if self._training and self._judge:
             self._judge.step = self._training.step
         while True:
-            more = continue_states(
+            more, more_tokens = continue_states(
                 self._engine,
                 states,
                 self._score,
                 sampling=self._sampling,
+                decode=self._decode,
                 counts=counts,
                 tokens=tokens,
                 seeds=[self._seed_of(state, rounds) for state in states],
             )
             for before, new in zip(found, more, strict=True):
                 before += new
-            rounds += 1
+            rounds, sampled = rounds + 1, sampled + more_tokens
             if config.standard_error is None:
                 break
             wanted = [
@@ -223,6 +229,7 @@ class MonteCarlo:
             if not float(self._runtime.sum(torch.tensor(float(sum(counts))))):
                 break
         self._count(states, found, limits, tokens)
+        self._metrics["rollout/sampled_tokens"] = Sum(float(sampled))
         if config.tokens_per_prompt is not None:
             self._metrics["critic/states_withheld"] = Sum(float(budget.withheld))
         return found
@@ -234,23 +241,18 @@ class MonteCarlo:
         limits: Sequence[int],
         tokens: Sequence[int],
     ) -> None:
-        own = [
-            [len(t.response_ids) - state.position for t in continuations]
-            for state, continuations in zip(states, found, strict=True)
-        ]
         errors = [standard_error(_rewards(c), self._config.reward_range) for c in found]
         self._metrics |= {
-            "rollout/sampled_tokens": Sum(float(sum(map(sum, own)))),
             "critic/continuations": Sum(float(sum(map(len, found)))),
             "critic/standard_error": Mean(sum(errors), float(len(errors))),
         }
         if self._config.continuation_tokens is not None:
             cut = [
-                t.finish is Finish.LENGTH and length == most < limit
-                for continuations, lengths, most, limit in zip(
-                    found, own, tokens, limits, strict=True
+                t.finish is Finish.LENGTH and len(t.response_ids) - state.position == most < limit
+                for state, continuations, most, limit in zip(
+                    states, found, tokens, limits, strict=True
                 )
-                for t, length in zip(continuations, lengths, strict=True)
+                for t in continuations
             ]
             self._metrics["critic/continuations_cut"] = Sum(float(sum(cut)))
         if self._judge:
@@ -289,16 +291,16 @@ def _equal_outcomes(responses: Sequence[Trajectory]) -> dict[Hashable, float]:
     }
 
 
-def _lessons(states: Sequence[State], found: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:
+def _lessons(found: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:
     """Continuations as rows to train on."""
     lessons: list[Trajectory] = []
-    for state, continuations in zip(states, found, strict=True):
+    for continuations in found:
         rewards = _rewards(continuations)
         for trajectory, reward in zip(continuations, rewards, strict=True):
             if len(rewards) > 1:
                 others = (sum(rewards) - reward) / (len(rewards) - 1)
                 span = (others, 0.0)
-                lessons.append(replace(trajectory, fresh_from=state.position, value_span=span))
+                lessons.append(replace(trajectory, value_span=span))
     return lessons
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmac.core.collate import collate
 from llmac.core.continuations import State, merged
-from llmac.core.protocols import RolloutEngine, SamplingParams, Scorer
+from llmac.core.protocols import Decode, RolloutEngine, SamplingParams, Scorer
 from llmac.core.types import Prompt, Rollouts, Trajectory
 from llmac.critics.continuing import continue_states
 from llmac.errors import ConfigError, DataError
@@ -100,6 +100,7 @@ def sample_states(
     score: Scorer,
     *,
     sampling: SamplingParams,
+    decode: Decode | None = None,
     states: int = 200,
     depths: int = 5,
     rollouts: int = 64,
@@ -120,13 +121,12 @@ def sample_states(
     state stands depends on how its response went on, so the response's own reward says nothing fair about it; only
     the continuations do. Equal states (all at depth 0 of one prompt) are continued once.
 
-    A stop string that begins in the state and ends in its continuation is not seen.
-
     Args:
         engine: holds the policy.
         prompts: as many of them as are needed are drawn, each at most once.
         score: judges responses; give it counters of its own.
         sampling: as in training; `n` and `seed` do not matter.
+        decode: text of token ids; needed when `sampling.stop` is not empty.
         states: how many; rounded down to a multiple of `depths`.
         depths: how many.
         rollouts: K, continuations of a state; at least 2.
@@ -140,12 +140,13 @@ def sample_states(
     Raises:
         ConfigError: numbers that say nothing, see `check_numbers`.
         DataError: no prompts.
+        ValueError: stop strings without `decode`.
     """
     check_numbers(states=states, depths=depths, rollouts=rollouts, siblings=siblings)
     if not prompts:
         raise DataError("there are no prompts to sample states from; give it some")
     chosen = _draw_prompts(prompts, states // depths, siblings, seed)
-    trajectories = _respond(engine, chosen, score, sampling, seed)
+    trajectories = _respond(engine, chosen, score, sampling, decode, seed)
     row = torch.arange(len(trajectories)).repeat_interleave(depths)
     depth = (torch.arange(depths) / depths).repeat(len(trajectories))
     position = torch.tensor(
@@ -157,6 +158,7 @@ def sample_states(
         [State(origin=trajectories[index], position=at) for index, at in places],
         score,
         sampling,
+        decode,
         rollouts=rollouts,
         gamma=gamma,
         seed=seed,
@@ -190,13 +192,15 @@ def _respond(
     chosen: Sequence[tuple[Prompt, int]],
     score: Scorer,
     sampling: SamplingParams,
+    decode: Decode | None,
     seed: int,
 ) -> list[Trajectory]:
-    siblings = continue_states(
+    siblings, _ = continue_states(
         engine,
         [State.before(prompt, group) for group, (prompt, _) in enumerate(chosen)],
         score,
         sampling=sampling,
+        decode=decode,
         counts=[n for _, n in chosen],
         tokens=[sampling.max_new_tokens] * len(chosen),
         seeds=[_seed(seed, index) for index in range(len(chosen))],
@@ -209,6 +213,7 @@ def _outcomes(
     states: Sequence[State],
     score: Scorer,
     sampling: SamplingParams,
+    decode: Decode | None,
     *,
     rollouts: int,
     gamma: float,
@@ -223,11 +228,12 @@ def _outcomes(
     for start in range(0, len(order), STATES_AT_ONCE):
         members = order[start : start + STATES_AT_ONCE]
         part = [distinct[index] for index in members]
-        judged = continue_states(
+        judged, _ = continue_states(
             engine,
             part,
             score,
             sampling=sampling,
+            decode=decode,
             counts=[rollouts] * len(part),
             tokens=[sampling.max_new_tokens - state.position for state in part],
             # Other numbers than those of the responses: a state must not see its own future again.
