@@ -63,7 +63,7 @@ class MetricLog:
     step and all ranks:
 
         timing_s/step    = seconds since the previous `flush`, of the slowest rank
-        perf/throughput  = rollout/tokens / timing_s/step, response tokens of all ranks a second
+        perf/throughput  = rollout/sampled_tokens / timing_s/step, tokens sampled by all ranks a second
 
     >>> from tempfile import mkdtemp
     >>> from llmac.core.measures import Mean, Sum
@@ -131,8 +131,8 @@ class MetricLog:
         self._since, self._pending = now, {}
         whole = combine(*self._ranks.gather(mine))
         values = {name: m.value for name, m in whole.items() if not _of_nothing(m)}
-        if "rollout/tokens" in values and values["timing_s/step"] > 0:
-            values["perf/throughput"] = values["rollout/tokens"] / values["timing_s/step"]
+        if "rollout/sampled_tokens" in values and values["timing_s/step"] > 0:
+            values["perf/throughput"] = values["rollout/sampled_tokens"] / values["timing_s/step"]
         self.latest = values
         if self._ranks.is_main:
             self._write(step, values)

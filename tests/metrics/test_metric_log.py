@@ -131,18 +131,18 @@ def test_only_the_main_rank_writes_tracks_and_shows(tmp_path):
 
 def test_throughput_is_all_ranks_tokens_over_the_slowest_ranks_step(tmp_path):
     clock = Clock()
-    ranks = Ranks({"rollout/tokens": Sum(30.0), "timing_s/step": Max(4.0)})
+    ranks = Ranks({"rollout/sampled_tokens": Sum(30.0), "timing_s/step": Max(4.0)})
     log = MetricLog(tmp_path, ranks, clock=clock)
     clock.now += 1000  # loading models is no part of the first step
     log.rewind(1)
     clock.now += 2
-    log.add({"rollout/tokens": Sum(10.0)})
+    log.add({"rollout/sampled_tokens": Sum(10.0)})
     values = log.flush(1)
     assert values["timing_s/step"] == 4.0
     assert values["perf/throughput"] == (30 + 10) / 4
     ranks.others = ()
     clock.now += 5
-    log.add({"rollout/tokens": Sum(10.0)})
+    log.add({"rollout/sampled_tokens": Sum(10.0)})
     assert log.flush(2)["perf/throughput"] == 10 / 5
 
 
