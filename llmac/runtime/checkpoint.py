@@ -447,21 +447,29 @@ class Remembered:
             torch.save(kept, directory / self._file(self._runtime.rank))
 
     def load(self, directory: Path) -> None:
-        """Continue from this rank's state.
+        """Continue from this rank's state; where it is empty there is nothing to continue from.
 
         Raises:
-            CheckpointError: another number of ranks wrote the checkpoint, and each remembered something of its own.
+            CheckpointError: another number of ranks wrote the checkpoint, and one remembered something of its own.
         """
-        kept = torch.load(directory / self._file(0), map_location="cpu", weights_only=True)
-        if not self._alike:
-            if kept["ranks"] != self._runtime.world_size:
-                raise CheckpointError(
-                    f"{directory} was written by {kept['ranks']} processes, and here are {self._runtime.world_size}: "
-                    "what each remembers cannot be spread over another number; continue with as many as wrote it"
-                )
-            own = directory / self._file(self._runtime.rank)
-            kept = torch.load(own, map_location="cpu", weights_only=True)
-        self._what.restore(kept["state"])
+        first = self._read(directory, 0)
+        ranks = first["ranks"]
+        if self._alike:
+            state = first["state"]
+        elif ranks == self._runtime.world_size:
+            state = self._read(directory, self._runtime.rank)["state"]
+        elif any(self._read(directory, rank)["state"] for rank in range(ranks)):
+            raise CheckpointError(
+                f"{directory} was written by {ranks} processes, and here are {self._runtime.world_size}: "
+                "what each remembers cannot be spread over another number; continue with as many as wrote it"
+            )
+        else:
+            return
+        if state:
+            self._what.restore(state)
+
+    def _read(self, directory: Path, rank: int) -> dict[str, Any]:
+        return torch.load(directory / self._file(rank), map_location="cpu", weights_only=True)
 
     def _file(self, rank: int) -> str:
         return "everywhere.pt" if self._alike else f"rank-{rank}.pt"

@@ -347,3 +347,20 @@ def test_what_all_ranks_remember_alike_comes_back_to_any_number_of_them(tmp_path
     again = Notebook()
     Remembered(again, Rank(2, 3), alike=True).load(tmp_path)
     assert again.number == 7
+
+
+@pytest.mark.parametrize("forgetful", [(0, 1), (1,)])
+def test_who_remembers_nothing_continues_on_any_number_of_ranks(forgetful, tmp_path):
+    for rank in (0, 1):
+        notebook = Notebook(10 + rank)
+        if rank in forgetful:
+            notebook.state = dict
+        Remembered(notebook, Rank(rank, 2), alike=False).save(tmp_path)
+    again = Notebook(3)
+    if 0 in forgetful:
+        Remembered(again, Rank(2, 3), alike=False).load(tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match="was written by 2 processes"):
+            Remembered(again, Rank(2, 3), alike=False).load(tmp_path)
+    Remembered(again, Rank(1, 2), alike=False).load(tmp_path)
+    assert again.number == 3
