@@ -18,6 +18,7 @@ from llmac.build import sampling_of
 from llmac.config import Recipe, verify
 from llmac.config.cards import Choice, choose_algorithm, choose_critic
 from llmac.config.loading import YamlReader
+from llmac.config.traits import traits_of
 from llmac.core.protocols import Critic
 from llmac.core.types import Prompt
 from llmac.critics.examine import Report, examine
@@ -123,7 +124,7 @@ def eval_critic(
     chosen = _critic(critic, run)
     verify(run.recipe)
     stored = None if states_from is None else read_states(states_from)
-    _check_group_size(chosen, wanted, None if stored is None else stored[0])
+    _check_fits(chosen, wanted, None if stored is None else stored[0])
     folder = output or run.folder / "critic_eval" / _folder_name(run, critic)
     make_writable(folder, "--output")
     if save_states is not None:
@@ -198,11 +199,17 @@ def _started_from(card: Choice, folder: Path) -> Choice:
     return dataclasses.replace(card, settings=dataclasses.replace(card.settings, init=str(folder)))
 
 
-def _check_group_size(chosen: Path | Choice, truth: Truth, stored: States | None) -> None:
-    """Critics that compare siblings need some."""
+def _check_fits(chosen: Path | Choice, truth: Truth, stored: States | None) -> None:
+    """Critics that compare siblings need some, and one that repeats a plan has nothing to say here."""
     if isinstance(chosen, Path):
         return
-    least = getattr(chosen.settings, "least_group_size", 1)  # optional part of what a card says
+    traits = traits_of(chosen)
+    if traits.repeats_the_plan:
+        raise ConfigError(
+            f"critic {chosen.name} repeats what trees of sampled responses know, and the states examined here are in "
+            "no tree; examine another one for the policy of this run, for example --critic monte_carlo"
+        )
+    least = traits.least_group_size
     if stored is None:
         smallest = min(truth.siblings, truth.states // truth.depths)
     else:

@@ -150,6 +150,17 @@ class Algorithm:
         return True
 
     @property
+    def takes_offered_rows(self) -> bool:
+        """Whether responses that a critic sampled on the way may be trained on beside the plan's.
+
+        Such a row begins where the critic was asked, and its own tokens are one segment with values
+        at both ends. True only where credit is given row by row: in means over groups or right
+        responses, or in what is remembered of rewards, a response would count as often as it was
+        continued.
+        """
+        return False
+
+    @property
     def plan_knows_values(self) -> bool:
         """Whether the card's plan says what both ends of every row are worth (`value_span`)."""
         return False
@@ -316,14 +327,16 @@ class Algorithm:
         """
         if mask is None:
             mask = self.policy_mask(rollouts)
+        new = newly_sampled(rollouts)
+        ended = mask & ~rollouts.paused[:, None]  # what goes on is neither good nor bad yet
         advantages = advantages.masked_fill(~mask, 0.0)
         watched: dict[str, Measure] = {
             "critic/advantages/mean": mean_over(advantages, mask),
             "critic/advantages/std": Last(
                 masked_var(advantages, mask, unbiased=False, sum_across=sum_across).sqrt()
             ),
-            **sampler_gap(rollouts.old_logprobs, rollouts.sampler_logprobs, rollouts.action_mask),
-            **advantage_by_outcome(advantages, mask, rollouts.rewards.sum(-1)),
+            **sampler_gap(rollouts.old_logprobs, rollouts.sampler_logprobs, new),
+            **advantage_by_outcome(advantages, ended, rollouts.rewards.sum(-1)),
             **(metrics or {}),
         }
         importance = None
@@ -341,7 +354,7 @@ class Algorithm:
             watched["actor/mismatch_weight"] = mean_over(importance, mask)
         if self.kl_coef and self.kl_placement == "reward":
             kl = kl_estimate(rollouts.old_logprobs, _reference(self, rollouts), self.kl_estimator)
-            watched["actor/ref_kl"] = mean_over(kl, rollouts.action_mask)
+            watched["actor/ref_kl"] = mean_over(kl, new)
         return Credit(
             advantages=advantages,
             policy_mask=mask,
@@ -573,6 +586,15 @@ def mean_over(x: Tensor, mask: Bool[Tensor, "B T"]) -> Mean:
     2.0
     """
     return Mean(torch.where(mask, x.detach().to(torch.float32), 0.0).sum(), mask.sum())
+
+
+def newly_sampled(rollouts: Rollouts) -> Bool[Tensor, "B T"]:
+    """Tokens sampled in this step, each in one row only: what sampler and trainer are compared on.
+
+    Not those that a row begins with, which are an earlier step's or another row's, nor those of
+    replayed rows, whose π_old is what the sampler said.
+    """
+    return rollouts.action_mask & rollouts.fresh & ~rollouts.replayed[:, None]
 
 
 def _reference(card: Algorithm, rollouts: Rollouts) -> Tensor:

@@ -21,7 +21,7 @@ from llmac.core.traces import doubt_lam, length_lam
 from llmac.core.types import AllSum, Credit, CriticTargets, Rollouts, Values, identity
 from llmac.core.vtrace import segment_ratios, vtrace
 
-from .base import mean_over
+from .base import mean_over, newly_sampled
 from .segmented import Segmented, segment_metrics
 
 
@@ -121,6 +121,11 @@ class CriticCredit(Segmented):
         )
         self._without_effect("on_truncation", self.mask_truncated, "set mask_truncated to false")
 
+    @property
+    def takes_offered_rows(self) -> bool:
+        """True: GAE looks at one row at a time."""
+        return True
+
     def credit(
         self, rollouts: Rollouts, values: Values | None, *, sum_across: AllSum = identity
     ) -> Credit:
@@ -179,7 +184,7 @@ class CriticCredit(Segmented):
                 rollouts.old_logprobs, rollouts.sampler_logprobs, starts, rollouts.action_mask
             )
             weights = ratios.clamp(max=self.rho_max)
-            metrics["actor/vtrace_weight"] = mean_over(weights, rollouts.action_mask)
+            metrics["actor/vtrace_weight"] = mean_over(weights, newly_sampled(rollouts))
 
         def with_lam(lam: float | Tensor) -> tuple[Tensor, Tensor]:
             if ratios is None:

@@ -18,6 +18,9 @@ from llmac.core.types import Rollouts
 
 from .base import Algorithm
 
+Segmenter = Literal["every_token", "every_n", "low_probability", "delimiter", "response_start"]
+"""How a response is cut; `Segmented` says what each is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segmented(Algorithm):
@@ -32,9 +35,7 @@ class Segmented(Algorithm):
     All tokens of a segment have the same advantage, and time (γ, λ) passes once a segment.
     """
 
-    segmenter: Literal[
-        "every_token", "every_n", "low_probability", "delimiter", "response_start"
-    ] = "every_token"
+    segmenter: Segmenter = "every_token"
     """Where values are asked, as above. every_token: PPO's paper, verl, TRL, OpenRLHF."""
     segment_tokens: int = 100
     """Sampled tokens a segment, if the segmenter is every_n; the last of a response may be shorter.

@@ -19,7 +19,7 @@ from llmac.core.types import AllSum, Credit, Rollouts, Values, identity
 
 from .base import mean_over
 from .segment_policy import DoubtfulTokens
-from .segmented import Segmented, segment_metrics
+from .segmented import Segmented, Segmenter, segment_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,15 @@ class SPOChain(DoubtfulTokens, Segmented):
     - Adam, learning rate, batch (64 prompts, twice in batches of 64) and sampling (temperature .6,
       top-p .9, at most 1024 tokens) are settings of the recipe; 9 continuations a state those of
       the critic.
+    - A continuation cut at the length limit has the reward that the reward functions give to the cut
+      text; in theirs it has 0.
     - Theirs fills missing episodes by repeating others; here nothing is repeated.
     """
 
     default_critic: ClassVar[str | None] = "monte_carlo"
     teaches_critic: ClassVar[bool] = False
 
-    segmenter: Literal[
-        "every_token", "every_n", "low_probability", "delimiter", "response_start"
-    ] = "low_probability"
+    segmenter: Segmenter = "low_probability"
     """Where values are asked. low_probability: at every `cut_interval`-th token in doubt, SPO's."""
     first_segment: Literal["skip", "value"] = "skip"
     """What the tokens before the first cut get. skip: nothing, no value is asked for them (SPO's
@@ -70,6 +70,11 @@ class SPOChain(DoubtfulTokens, Segmented):
             self.segmenter != "low_probability",
             "set segmenter to low_probability: the others begin at the first token",
         )
+
+    @property
+    def takes_offered_rows(self) -> bool:
+        """True: what a segment changed is known from its own row."""
+        return True
 
     @property
     def asks_first(self) -> bool:

@@ -7,7 +7,6 @@ finished responses. Made from the abstract and accounts of the paper: what they 
 field with a default of ours. The windows are `core.windowed`. Needs: a critic.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llmac.core.diagnostics import advantage_by_outcome, sampler_gap
 from llmac.core.protocols import RolloutPlan, SamplingParams
-from llmac.core.types import AllSum, Credit, Rollouts, Values, identity
+from llmac.core.types import Rollouts, Values
 from llmac.core.windowed import Windowed
 
 from .ppo import PPO
@@ -73,6 +71,11 @@ class TPPO(PPO):
         """False: siblings end in different steps."""
         return False
 
+    @property
+    def takes_offered_rows(self) -> bool:
+        """False: continuations are sampled to their end, and again in each step of a response."""
+        return False
+
     def plan(self, *, prompts_per_step: int, sampling: SamplingParams) -> RolloutPlan:
         """A window of tokens for each response, the unfinished carried over.
 
@@ -97,7 +100,11 @@ class TPPO(PPO):
         )
 
     def taught(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
-        """Tokens of responses that ended, those of earlier windows included."""
+        """Tokens of responses that ended, those of earlier windows included.
+
+        GAE runs over whole responses, which gives each of them a target and does not touch the
+        advantages of fresh tokens, the last ones.
+        """
         without = rollouts.truncated if self.mask_truncated else rollouts.paused
         return rollouts.action_mask & ~without[:, None]
 
@@ -109,25 +116,3 @@ class TPPO(PPO):
             remaining = starts.int().flip(1).cumsum(1).flip(1)
             goes_on = values.at.where(starts & (remaining == 1), 0.0).sum(1)
         return torch.where(rollouts.paused, goes_on, super().bootstrap(rollouts, values))
-
-    def credit(
-        self, rollouts: Rollouts, values: Values | None, *, sum_across: AllSum = identity
-    ) -> Credit:
-        """PPO's credit, for what is fresh and for what has ended.
-
-        GAE runs over whole responses. That does not touch the fresh tokens, which are the last, and
-        gives a finished response a target at every token.
-        """
-        credit = super().credit(rollouts, values, sum_across=sum_across)
-        ended = credit.policy_mask & ~rollouts.paused[:, None]
-        fresh = rollouts.action_mask & rollouts.fresh
-        return dataclasses.replace(
-            credit,
-            metrics={
-                **credit.metrics,
-                # A paused response is neither good nor bad yet.
-                **advantage_by_outcome(credit.advantages, ended, rollouts.rewards.sum(-1)),
-                # Tokens of earlier windows were sampled with other weights.
-                **sampler_gap(rollouts.old_logprobs, rollouts.sampler_logprobs, fresh),
-            },
-        )

@@ -65,6 +65,11 @@ class VAPO(PPO):
             "correct_above", self.likelihood_coef == 0, "set likelihood_coef above 0"
         )
 
+    @property
+    def takes_offered_rows(self) -> bool:
+        """Only without likelihood_coef: it is a mean over right responses."""
+        return self.likelihood_coef == 0
+
     def credit(
         self, rollouts: Rollouts, values: Values | None, *, sum_across: AllSum = identity
     ) -> Credit:

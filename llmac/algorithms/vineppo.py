@@ -7,9 +7,10 @@ are not known to us, the fields say that the default is ours.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from .ppo import PPO
+from .segmented import Segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,7 @@ class VinePPO(PPO):
 
     group_size: int = 8
     """Responses sampled for each prompt; ours, as in the other cards that sample several."""
-    segmenter: Literal[
-        "every_token", "every_n", "low_probability", "delimiter", "response_start"
-    ] = "delimiter"
+    segmenter: Segmenter = "delimiter"
     """Where values are asked. delimiter: before each reasoning step; every_n: before each piece of
     `segment_tokens` tokens, where answers have no steps."""
     lam: float = 0.0

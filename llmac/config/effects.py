@@ -10,6 +10,7 @@ from typing import Any
 
 from llmac.config.cards import Choice, idle_fields
 from llmac.config.schema import DataConfig, Recipe, Section
+from llmac.config.traits import traits_of
 from llmac.config.words import found
 from llmac.errors import ConfigError
 
@@ -199,30 +200,47 @@ def _plan_that_cannot_be(recipe: Recipe) -> Iterator[str]:
 
 
 def _critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:
-    card, critic = recipe.algorithm.settings, recipe.critic
-    # Cards differ in what they can be asked and in what they need.
-    says_prompt_values = getattr(critic and critic.settings, "says_prompt_values", False)
-    if getattr(card, "allocation", "equal") != "equal" and not says_prompt_values:
+    name, card = recipe.algorithm.name, recipe.algorithm.settings
+    critic, traits = recipe.critic, traits_of(recipe.critic)
+    allocation = getattr(card, "allocation", "equal")  # cards differ
+    if allocation != "equal" and not traits.says_prompt_values:
         yield (
             f"algorithm.allocation asks what prompts are worth, and critic {critic.name if critic else 'null'} does "
             "not say it; set critic: prompt_value or running_mean, or algorithm.allocation: equal"
         )
-    least = getattr(critic and critic.settings, "least_group_size", 1)
-    if critic is not None and card.group_size < least:
+    if critic is None:
+        return
+    if card.plan_knows_values and not traits.repeats_the_plan:
         yield (
-            f"critic {critic.name} compares siblings: algorithm.group_size must be at least {least}, found "
-            f"{card.group_size}"
+            f"critic {critic.name} would be asked for values that the trees of {name} know already; set critic: "
+            "tree_mean, or choose an algorithm that asks at states, for example spo_chain"
         )
-    if critic is not None and least > 1 and not card.keeps_groups:
+        return  # that it does not fit in other ways, too, would lead nowhere
+    if traits.repeats_the_plan and not card.plan_knows_values:
         yield (
-            f"critic {critic.name} compares siblings, and {recipe.algorithm.name} does not judge them in one step; "
-            "choose another critic, or another algorithm"
+            f"critic {critic.name} says what the nodes of sampled trees are worth, and {name} samples no trees; choose "
+            "another critic, for example monte_carlo, or algorithm.name: spo_tree"
         )
-    repeats = getattr(critic and critic.settings, "repeats_the_plan", False)
-    if critic is not None and repeats and not card.plan_knows_values:
+    if card.group_size < traits.least_group_size:
         yield (
-            f"critic {critic.name} says what the nodes of sampled trees are worth, and {recipe.algorithm.name} samples "
-            "no trees; choose another critic, for example monte_carlo, or algorithm.name: spo_tree"
+            f"critic {critic.name} compares siblings: algorithm.group_size must be at least {traits.least_group_size}, "
+            f"found {card.group_size}"
+        )
+    if traits.least_group_size > 1 and not card.keeps_groups:
+        yield (
+            f"critic {critic.name} compares siblings, and {name} does not judge them in one step; choose another "
+            "critic, or another algorithm"
+        )
+    if traits.reuse and not card.takes_offered_rows:
+        yield (
+            f"critic.reuse has continuations trained on beside the responses, and {name} cannot tell the two apart; "
+            "set critic.reuse: false, or choose an algorithm that looks at one row at a time, for example vineppo"
+        )
+    truncation = getattr(card, "on_truncation", None)  # cards differ
+    if traits.continuations and truncation == "bootstrap":
+        yield (
+            f"algorithm.on_truncation is bootstrap, and critic {critic.name} continues states, which the length limit "
+            "leaves no room for: it says 0 there; set algorithm.on_truncation: terminal, or another critic"
         )
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from llmac.config.schema import Recipe
+from llmac.config.traits import traits_of
 from llmac.errors import ConfigError
 from llmac.placement.parts import Parts
 from llmac.placement.phases import Phase, phases_of
@@ -99,8 +100,8 @@ def plan(recipe: Recipe, machines: Machines, *, prompt_tokens: int | None = None
     bare = bare_skeleton(recipe.model)
     rollout = recipe.rollout
     if rollout.engine == "hf":
-        # A critic that continues states asks for more at a time than the engine takes. Cards differ.
-        continues = hasattr(recipe.critic and recipe.critic.settings, "continuations")
+        # A critic that continues states asks for more at a time than the engine takes.
+        continues = traits_of(recipe.critic).continuations > 0
         asked = max(rows, rollout.max_num_seqs) if continues else rows
         sampler = hf_sampler(bare, recipe.model, rollout, rows=asked, prompt_tokens=prompt)
     else:

@@ -16,10 +16,12 @@ from llmac.core.vtrace import segment_ratios, vtrace
 
 from .making import card, card_class, known, make_values
 
-# VAPO adds a term of its own to this credit, and has its own tests; VinePPO is PPO with other
-# defaults, λ among them.
+# VAPO adds a term of its own to this credit, and T-PPO teaches the critic at other tokens: they have
+# their own tests. VinePPO is PPO with other defaults, λ among them.
 CRITIC_CARDS = [
-    n for n in ALGORITHMS if card_class(n).credit is CriticCredit.credit and n != "vineppo"
+    n
+    for n in ALGORITHMS
+    if card_class(n).credit is CriticCredit.credit and n not in ("vineppo", "t_ppo")
 ]
 every_card = pytest.mark.parametrize("name", CRITIC_CARDS)
 RAW = {"whiten_advantages": False}
@@ -92,6 +94,20 @@ def test_vtrace_where_engine_and_trainer_agree_is_gae(name, lam, rollouts):
     assert torch.allclose(corrected.critic_targets.returns, plain.critic_targets.returns)
     assert corrected.metrics["actor/vtrace_weight"].value == pytest.approx(1.0)
     assert "actor/vtrace_weight" not in plain.metrics
+
+
+def test_what_sampler_and_reference_are_compared_on_was_sampled_in_this_step(rollouts):
+    fields = {"off_policy": "vtrace", "kl_coef": 0.1, "kl_placement": "reward"}
+    rows = [
+        dataclasses.replace(t, fresh_from=(0, 2)[row % 2], age=(0, 1)[row % 3 == 0])
+        for row, t in enumerate(rollouts.trajectories)
+    ]
+    rollouts = dataclasses.replace(rollouts, trajectories=tuple(rows))
+    counted = sum(sum(t.action_mask[t.fresh_from :]) for t in rollouts.trajectories if t.age == 0)
+    assert 0 < counted < rollouts.action_mask.sum()
+    metrics = card("ppo", **fields).credit(rollouts, make_values(rollouts)).metrics
+    for name in ("sampler_kl", "sampler_logprob_diff_mean", "ref_kl", "vtrace_weight"):
+        assert float(metrics[f"actor/{name}"].weight) == counted, name
 
 
 @every_card

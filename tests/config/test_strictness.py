@@ -193,6 +193,40 @@ def test_a_critic_of_trees_needs_an_algorithm_that_samples_them(ppo):
     load_recipe(ppo, ["algorithm=spo_tree", "critic=tree_mean"])
 
 
+@pytest.mark.parametrize(
+    "critic", ["monte_carlo", "leave_one_out", "running_mean", "value_head", "prefix_tree"]
+)
+def test_trees_take_no_critic_but_the_one_that_repeats_them(ppo, critic):
+    message = refusal(ppo, "algorithm=spo_tree", f"critic={critic}")
+    assert f"critic {critic} would be asked for values that the trees of spo_tree know" in message
+    assert "set critic: tree_mean" in message
+
+
+@pytest.mark.parametrize("algorithm", ["tempo", "safe", "dapo_step", "t_ppo", "vapo"])
+def test_continuations_are_trained_on_only_where_credit_is_given_row_by_row(ppo, algorithm):
+    ppo["critic"] = {"name": "monte_carlo", "reuse": True}
+    ppo["algorithm"] = algorithm
+    assert "critic.reuse has continuations trained on" in refusal(ppo)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [*("ppo", "a2c", "vineppo", "spo_chain"), {"name": "vapo", "likelihood_coef": 0.0}],
+)
+def test_and_there_they_may_be(ppo, algorithm):
+    ppo["critic"] = {"name": "monte_carlo", "reuse": True}
+    ppo["algorithm"] = algorithm
+    assert load_recipe(ppo).algorithm.settings.takes_offered_rows
+
+
+def test_continuations_cannot_say_what_lies_behind_the_length_limit(ppo):
+    bootstrap = "algorithm.on_truncation=bootstrap"
+    message = refusal(ppo, "critic=monte_carlo", bootstrap)
+    assert "set algorithm.on_truncation: terminal" in message
+    load_recipe(ppo, [bootstrap])
+    load_recipe(ppo, ["critic=monte_carlo"])
+
+
 def test_a_plan_that_cannot_be_is_refused_with_the_recipe(settings):
     message = refusal(settings, "algorithm=t_ppo", "algorithm.window_tokens=999")
     assert "algorithm t_ppo: " in message

@@ -276,6 +276,14 @@ def test_a_critic_that_compares_siblings_needs_some(untrained, truth):
         eval_critic(untrained / "recipe.yaml", critic="leave_one_out", truth=truth)
 
 
+@pytest.mark.parametrize("asked", [None, "tree_mean"])
+def test_a_critic_that_repeats_its_plan_is_refused_before_anything_is_loaded(home, tmp_path, asked):
+    trees = {"name": "spo_tree", "branching": [2, 2], "segment_tokens": 3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(home, tmp_path / "run", trees)))
+    with pytest.raises(ConfigError, match=r"in no tree; examine another .* --critic monte_carlo"):
+        eval_critic(tmp_path / "recipe.yaml", critic=asked)
+
+
 def test_states_must_be_states(untrained, tmp_path):
     stored = tmp_path / "some.parquet"
     with pytest.raises(DataError, match="no rollout file"):
