@@ -5,7 +5,6 @@ step grows trees of responses (`core.tree`); siblings are each other's Monte-Car
 no critic is learned and no continuation thrown away. Needs: one outcome reward per response.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -13,7 +12,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llmac.core.diagnostics import advantage_by_outcome, explained_variance, sampler_gap
+from llmac.core.diagnostics import explained_variance
 from llmac.core.edges import EdgeAdvantage, in_deviations, prover
 from llmac.core.measures import Last
 from llmac.core.protocols import RolloutPlan, SamplingParams
@@ -66,8 +65,8 @@ class SPOTree(DoubtfulTokens):
     """informative: edges whose ends are worth the same are dropped (SPO: a + f(V(child)) -
     f(V(parent)) ≠ 0); all: they stay, with advantage 0."""
     best_of: float = 4.0
-    """Attempts of the prover. 4 in SPO's code. It matters with `prover_weight`: the rule of `keep`
-    decides alike for every value."""
+    """Attempts of the prover. 4 in SPO's code, whose rule for `keep` has it, too, and decides alike
+    for every number."""
     prover_weight: float = 0.0
     """Weight of what the edge is worth to a policy that has `best_of` attempts. 0: SPO; 5: the
     variant that its code calls PAV."""
@@ -108,6 +107,8 @@ class SPOTree(DoubtfulTokens):
             -math.inf < low < high < math.inf,
             "(failure, success), finite and ascending",
         )
+        for name in ("best_of", "reward_range"):
+            self._without_effect(name, self.prover_weight == 0, "set prover_weight above 0")
         for name in ("edges_per_step", "edges_per_prompt"):
             bound = getattr(self, name)
             self._require(name, bound is None or bound >= 1, "None, or at least 1")
@@ -144,8 +145,6 @@ class SPOTree(DoubtfulTokens):
             sampling=sampling,
             edge_advantage=self.edge_advantage,
             keep=self.keep,
-            best_of=self.best_of,
-            reward_range=self.reward_range,
             edges_per_step=self.edges_per_step,
             edges_per_prompt=self.edges_per_prompt,
             replay_steps=self.replay_steps,
@@ -185,20 +184,14 @@ class SPOTree(DoubtfulTokens):
         raw = self._judged(gained, spread_from_starts(at, starts), rollouts)
         advantages = self.normalized(raw, rollouts, sum_across)
         explained = explained_variance(at, at + gained, starts, sum_across=sum_across)
-        credit = self.make_credit(rollouts, advantages, sum_across=sum_across)
-        ended = credit.policy_mask & ~rollouts.paused[:, None]
-        new = own & ~rollouts.replayed[:, None]
-        return dataclasses.replace(
-            credit,
+        return self.make_credit(
+            rollouts,
+            advantages,
+            sum_across=sum_across,
             metrics={
-                **credit.metrics,
                 "critic/values/mean": mean_over(at, starts),
                 # Of V where segments end, what V where they start foresaw.
                 "critic/vf_explained_var": Last(explained),
-                # An inner edge is neither good nor bad.
-                **advantage_by_outcome(credit.advantages, ended, rollouts.rewards.sum(-1)),
-                # π_old of replayed rows is the sampler's.
-                **sampler_gap(rollouts.old_logprobs, rollouts.sampler_logprobs, new),
             },
         )
 

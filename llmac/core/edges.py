@@ -152,27 +152,21 @@ def prover(
 
 
 def informative(
-    parent: Float[Tensor, "*shape"],
-    child: Float[Tensor, "*shape"],
-    *,
-    attempts: float,
-    reward_range: tuple[float, float] = (0.0, 1.0),
+    parent: Float[Tensor, "*shape"], child: Float[Tensor, "*shape"]
 ) -> Bool[Tensor, "*shape"]:
     """Whether an edge has anything to say: SPO's rule for what it keeps.
 
-        V(child) - V(parent) + f(V(child)) - f(V(parent))  ≠  0          (beyond rounding)
+        V(child)  ≠  V(parent)                                           (beyond rounding)
 
-    f rises with V, so this is V(child) ≠ V(parent), whatever the exponent.
+    SPO's code adds f(V(child)) - f(V(parent)), f as in `best_of`, to the difference. f rises with
+    V, so that the same edges stay.
 
     Args:
-        parent: V at the start of each edge.
+        parent: V at the start of each edge, unit of reward.
         child: V at its end.
-        attempts: exponent of `best_of`.
-        reward_range: reward of a failure and of a success.
 
     >>> from torch import tensor
-    >>> informative(tensor([1.0, 0.5]), tensor([1.0, 1.0]), attempts=4.0)
+    >>> informative(tensor([1.0, 0.5]), tensor([1.0, 1.0]))
     tensor([False,  True])
     """
-    gained = child - parent + prover(parent, child, attempts=attempts, reward_range=reward_range)
-    return gained.abs() > ROUNDING
+    return (child - parent).abs() > ROUNDING

@@ -42,13 +42,13 @@ class ReplayBuffer:
             raise ValueError(f"replay_steps is at least 0; found {self.steps}")
 
     def draw(
-        self, fresh: Sequence[Trajectory], *, count: int | None, per_prompt: int | None, seed: int
+        self, fresh: Sequence[Trajectory], *, count: int, per_prompt: int | None, seed: int
     ) -> Drawn:
         """Take in this step's rows, and choose those that it learns from.
 
         Args:
             fresh: rows of this step, of age 0.
-            count: most rows to choose; None: as many as `per_prompt` allows.
+            count: most rows to choose.
             per_prompt: most rows that answer one prompt, by its id; None: no such bound.
             seed: of this step and rank.
         """
@@ -61,19 +61,18 @@ class ReplayBuffer:
         for i in order:
             prompt = candidates[i].prompt.id
             full = per_prompt is not None and used[prompt] >= per_prompt
-            if not full and (count is None or len(chosen) < count):
+            if not full and len(chosen) < count:
                 chosen.append(i)
                 used[prompt] += 1
         taken = set(chosen)
         left = [candidates[i] for i in order if i not in taken]
-        most = len(left) if count is None else count * self.steps
         self._waiting = [
             dataclasses.replace(row, age=row.age + 1) for row in left if row.age < self.steps
-        ][:most]
+        ][: count * self.steps]
         return Drawn(
             rows=[candidates[i] for i in sorted(chosen)],
             expired=len(left) - len(self._waiting),
-            missing=0 if count is None else count - len(chosen),
+            missing=count - len(chosen),
         )
 
     def __len__(self) -> int:

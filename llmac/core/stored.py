@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from llmac.core.measures import Last, Mean, Measure
+from llmac.core.measures import Last, Mean, Measure, Sum
 from llmac.core.protocols import PromptSource, RolloutEngine, Scorer
 from llmac.core.types import AllSum, Trajectory, identity
 
@@ -107,8 +107,10 @@ class Stored:
 
         Returns:
             trajectories: siblings adjacent, groups numbered anew from 0.
-            metrics: `rollout/stored_passes`, how often the stored responses were seen, on this
-                rank; and `reward/mean`, which nobody else can report where nothing is scored.
+            metrics:
+                `rollout/stored_passes`: how often the stored responses were seen, on this rank;
+                `rollout/sampled_tokens`: 0;
+                `reward/mean`: which nobody else can report where nothing is scored.
 
         Raises:
             ValueError: no responses were handed over.
@@ -127,6 +129,7 @@ class Stored:
         rewards = [trajectory.reward or 0.0 for trajectory in trajectories]
         return trajectories, {
             "rollout/stored_passes": Last(self._seen / len(self._groups)),
+            "rollout/sampled_tokens": Sum(0.0),
             "reward/mean": Mean(sum(rewards), float(len(rewards))),
         }
 

@@ -14,7 +14,7 @@ import torch
 
 from llmac.core.edges import EdgeAdvantage, informative
 from llmac.core.growing import continued, refuse_blind_stops
-from llmac.core.measures import Mean, Measure, Sum
+from llmac.core.measures import Max, Mean, Measure, Sum
 from llmac.core.nodes import Node, depths, edges, leaves, merged
 from llmac.core.plain_trajectory import refuse_what_cannot_be_saved
 from llmac.core.plans import ask, request_seed
@@ -57,7 +57,7 @@ class Tree:
     Edges with nothing to say are dropped (`keep`), at most `edges_per_prompt` of a prompt and
     `edges_per_step` in all are returned, and others wait up to `replay_steps` steps
     (`core.replay.ReplayBuffer`, with a checkpoint). A rank always returns a row: where it has no
-    edge to learn from, one with advantage 0.
+    edge to learn from, one that has no tokens of its own.
 
     With one level this is `Flat`, its rows carrying the group's mean as value.
     """
@@ -78,10 +78,6 @@ class Tree:
     """What V(start) of an edge is: `core.edges.baselines`."""
     keep: Literal["informative", "all"] = "informative"
     """informative: edges of `core.edges.informative`; all: all."""
-    best_of: float = 4.0
-    """Exponent in that rule."""
-    reward_range: tuple[float, float] = (0.0, 1.0)
-    """Reward of a failure and of a success, for that rule."""
     edges_per_step: int | None = None
     """Most rows of a step, over all ranks; each contributes its part, rounded up. None:
     `EDGES_PER_PROMPT` for each prompt of the step."""
@@ -165,7 +161,8 @@ class Tree:
                 `rollout/leaves`; `rollout/tree_depth`: mean segments from the prompt to a leaf;
                 `rollout/tree_value`: mean over prompts of V, the expected reward of a response;
                 `rollout/distinct_tokens`: of the tokens of all rows, prompts included, those that
-                are left when what rows of a tree share from the beginning on counts once.
+                are left when what rows of a tree share from the beginning on counts once;
+                `response_length/*`: of all leaves, chosen as rows or not.
 
         Raises:
             ValueError: the engine returned another number of responses, stop strings without
@@ -185,7 +182,7 @@ class Tree:
             per_prompt=self.edges_per_prompt,
             seed=seed,
         )
-        rows = self._in_order(drawn.rows or grown[:1], seed)
+        rows = self._in_order(drawn.rows or [_without_own(grown[0])], seed)
         return rows, self._metrics(roots, cost, grown, kept, drawn, rows)
 
     def state(self) -> dict[str, Any]:
@@ -276,9 +273,7 @@ class Tree:
         if self.keep == "all":
             return list(grown)
         spans = torch.tensor([edge.value_span for edge in grown], dtype=torch.float64)
-        speaks = informative(
-            spans[:, 0], spans[:, 1], attempts=self.best_of, reward_range=self.reward_range
-        )
+        speaks = informative(spans[:, 0], spans[:, 1])
         return [edge for edge, kept in zip(grown, speaks, strict=True) if kept]
 
     def _in_order(self, rows: Sequence[Trajectory], seed: int) -> list[Trajectory]:
@@ -302,6 +297,9 @@ class Tree:
         rows: Sequence[Trajectory],
     ) -> dict[str, Measure]:
         deep = [depth for root in roots for depth in depths(root)]
+        ends = [leaf.row for root in roots for leaf in leaves(root)]
+        lengths, count = [len(row.response_ids) for row in ends], float(len(ends))
+        cut = sum(row.finish is Finish.LENGTH for row in ends)
         # The number of the tree before its first token: trees share nothing.
         paths = [(row.group, *row.prompt.token_ids, *row.response_ids) for row in rows]
         return {
@@ -313,8 +311,11 @@ class Tree:
             "rollout/edges_waiting": Sum(float(len(self._buffer))),
             "rollout/edges_expired": Sum(float(drawn.expired)),
             "rollout/edges_missing": Sum(float(drawn.missing)),
-            "rollout/leaves": Sum(float(len(deep))),
-            "rollout/tree_depth": Mean(float(sum(deep)), float(len(deep))),
+            "rollout/leaves": Sum(count),
+            "rollout/tree_depth": Mean(float(sum(deep)), count),
+            "response_length/mean": Mean(float(sum(lengths)), count),
+            "response_length/max": Max(float(max(lengths))),
+            "response_length/clip_ratio": Mean(float(cut), count),
             "rollout/tree_value": Mean(sum(root.value for root in roots), float(len(roots))),
             "rollout/distinct_tokens": Mean(
                 float(distinct_tokens(paths) - len({row.group for row in rows})),
@@ -336,3 +337,8 @@ class Tree:
             cost.tokens,
             cost.read_again / max(cost.tokens, 1),
         )
+
+
+def _without_own(row: Trajectory) -> Trajectory:
+    """The same row with nothing to train on."""
+    return dataclasses.replace(row, fresh_from=len(row.response_ids))

@@ -95,7 +95,6 @@ class Windowed:
             trajectories: `responses_per_step` of them, oldest first.
             metrics:
                 `rollout/finished`, `rollout/paused`: responses that ended, and that go on;
-                `rollout/fresh_tokens`: tokens sampled in this step;
                 `rollout/windows`: mean number of steps a finished response took.
 
         Raises:
@@ -114,9 +113,6 @@ class Windowed:
         return step, {
             "rollout/finished": Sum(float(len(ended))),
             "rollout/paused": Sum(float(len(paused))),
-            "rollout/fresh_tokens": Sum(
-                float(sum(len(t.response_ids) - t.fresh_from for t in step))
-            ),
             "rollout/windows": Mean(
                 float(sum(self._windows(len(t.response_ids)) for t in ended)), float(len(ended))
             ),

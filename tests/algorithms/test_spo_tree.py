@@ -135,6 +135,30 @@ def test_a_leaf_cut_at_the_limit_has_the_reward_it_was_given_and_may_be_left_out
     assert torch.equal(masked.policy_mask, own & ~left_out[:, None])  # inner edges stay
 
 
+@pytest.mark.parametrize("fields", [{"whiten": "step"}, {"whiten": "rows", "whiten_rows": 2}])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_row_without_own_tokens_changes_nothing(fields, leaf):
+    fields |= {"kl_coef": 0.1, "train_below": 0.9, "edge_advantage": "grpo"}
+    nothing = edge(2, 0, parent=0.5, std=0.0, value=0.5, leaf=leaf)
+    without, alone, algorithm = credited(two_levels(), **fields)
+    credit, rollouts, _ = credited([*two_levels(), nothing], **fields)
+    assert not credit.policy_mask[-1].any()
+    assert torch.equal(credit.advantages, torch.cat([without.advantages, torch.zeros(1, 5)]))
+    assert torch.equal(credit.kl_weight[:-1], without.kl_weight)
+    logprobs = moved(rollouts)
+    ours = algorithm.policy_loss(logprobs, rollouts, credit)
+    theirs = algorithm.policy_loss(logprobs[:6], alone, without)
+    assert torch.allclose(ours.total, theirs.total)  # added up in another order
+    assert torch.equal(ours.weight, theirs.weight)
+    for name, measure in without.metrics.items():
+        assert credit.metrics[name].value == pytest.approx(measure.value, nan_ok=True), name
+    # A rank that has nothing else.
+    lone, rows, _ = credited([nothing], **fields)
+    loss = algorithm.policy_loss(moved(rows), rows, lone)
+    assert (loss.total.item(), loss.weight.item()) == (0, 0)
+    assert not lone.advantages.any()
+
+
 def test_replayed_edges_count_in_the_loss_and_not_in_the_comparison_of_engine_and_trainer():
     rows = two_levels()
     old = looked_at(rows).old_logprobs - 0.3
@@ -211,6 +235,8 @@ def test_values_and_deviations_that_nobody_knows_are_missed():
         ({"best_of": 0.5}, "best_of of SPOTree must be finite and at least 1"),
         ({"prover_weight": -1.0}, "prover_weight of SPOTree must be finite and at least 0"),
         ({"reward_range": (1.0, 1.0)}, "reward_range of SPOTree must be"),
+        ({"best_of": 2.0}, "best_of of SPOTree is 2.0 and would have no effect; set prover_weight"),
+        ({"reward_range": (-1.0, 1.0)}, "reward_range of SPOTree .* would have no effect"),
         ({"edges_per_step": 0}, "edges_per_step of SPOTree must be None, or at least 1"),
         ({"edges_per_prompt": 0}, "edges_per_prompt of SPOTree must be None, or at least 1"),
         ({"replay_steps": -1}, "replay_steps of SPOTree must be at least 0"),

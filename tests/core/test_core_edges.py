@@ -7,9 +7,9 @@ from llmac.core.baselines import group_mean, leave_one_out
 from llmac.core.edges import (
     baselines,
     best_of,
+    in_deviations,
     informative,
     mean_and_std,
-    in_deviations,
     prover,
 )
 
@@ -33,7 +33,7 @@ def test_a_tree_of_two_children_by_hand():
     scaled = [in_deviations(*x) for x in ((upper, std.expand(2)), (below_b, std_b.expand(2)))]
     assert torch.allclose(torch.stack(scaled), wide(1, -1, -1, 1).view(2, 2))
     assert in_deviations(below_a, std_a.expand(2)).tolist() == [0, 0]
-    kept = informative(torch.stack([root, root, a, b]), wide(1, 0.5, 1, 0), attempts=4.0)
+    kept = informative(torch.stack([root, root, a, b]), wide(1, 0.5, 1, 0))
     assert kept.tolist() == [True, True, False, True]
 
 
@@ -44,7 +44,9 @@ def test_best_of_four_by_hand():
     assert torch.allclose(
         prover(wide(0.75, 0.75), wide(0.5, 1), attempts=4.0), wide(-0.05859375, 0.00390625)
     )
-    assert torch.allclose(best_of(wide(-1, 0, 1, 3), 2.0, reward_range=(-1.0, 1.0)), wide(0, 0.75, 1, 1))
+    assert torch.allclose(
+        best_of(wide(-1, 0, 1, 3), 2.0, reward_range=(-1.0, 1.0)), wide(0, 0.75, 1, 1)
+    )
 
 
 def test_one_level_by_hand_and_as_group_baselines_have_it():
@@ -81,18 +83,19 @@ def test_equal_children_say_exactly_nothing(reward):
     for how in ("rloo", "grpo", "leave_one_out"):
         starts = baselines(values, copies, how=how)
         assert torch.equal(starts, values)
-        assert not informative(starts, values, attempts=4.0).any()
+        assert not informative(starts, values).any()
 
 
 @pytest.mark.parametrize("attempts", [1.0, 2.5, 4.0])
 def test_an_edge_says_something_exactly_where_its_ends_differ(attempts):
     ends = torch.linspace(-1, 2, 25, dtype=torch.float64)
     parent, child = torch.meshgrid(ends, ends, indexing="ij")
-    kept = informative(parent, child, attempts=attempts)
+    kept = informative(parent, child)
     assert torch.equal(kept, parent != child)
-    # Rounding is no difference.
-    assert not informative(ends, ends + 1e-12, attempts=attempts).any()
     gained = prover(parent, child, attempts=attempts)
+    assert torch.equal(kept, (child - parent + gained).abs() > 1e-9)  # as SPO's code has it
+    # Rounding is no difference.
+    assert not informative(ends, ends + 1e-12).any()
     assert (gained.sign() * (child - parent).sign() >= 0).all()
 
 

@@ -29,15 +29,15 @@ def rows(prompt, count):
     return [row(prompt, number) for number in range(count)]
 
 
-def draw(buffer, fresh=(), *, count=None, per_prompt=None, seed=0):
+def draw(buffer, fresh=(), *, count=99, per_prompt=None, seed=0):
     return buffer.draw(fresh, count=count, per_prompt=per_prompt, seed=seed)
 
 
-def test_without_a_bound_all_rows_are_used_in_their_order():
+def test_where_there_is_room_all_rows_are_used_in_their_order():
     buffer = ReplayBuffer(steps=3)
     fresh = rows(1, 4) + rows(0, 3)
-    drawn = draw(buffer, fresh)
-    assert (drawn.rows, drawn.expired, drawn.missing, len(buffer)) == (fresh, 0, 0, 0)
+    drawn = draw(buffer, fresh, count=9)
+    assert (drawn.rows, drawn.expired, drawn.missing, len(buffer)) == (fresh, 0, 2, 0)
 
 
 def test_rows_wait_as_many_steps_as_they_may_and_age():

@@ -132,6 +132,7 @@ def test_the_mean_reward_is_that_of_what_is_replayed():
     made = plan(rows, groups=2)
     for _ in range(2):
         replayed, metrics = made.rollout(NOBODY, NOBODY, NOBODY, seed=0)
+        assert metrics["rollout/sampled_tokens"].value == 0
         assert metrics["reward/mean"].value == sum(t.reward for t in replayed) / 2
         assert metrics["reward/mean"].weight == 2
 

@@ -191,7 +191,10 @@ def test_a_tree_by_hand():
         "tree_value": 0.625,
         "distinct_tokens": 15 / 22,
     }
-    assert metrics == {f"rollout/{name}": value for name, value in expected.items()}
+    lengths = {"mean": (6 + 8 + 2) / 3, "max": 8, "clip_ratio": 1 / 3}
+    assert metrics == {f"rollout/{name}": value for name, value in expected.items()} | {
+        f"response_length/{name}": value for name, value in lengths.items()
+    }
 
 
 def test_a_tree_is_the_plan_that_the_loop_and_build_expect():
@@ -351,9 +354,19 @@ def test_edges_with_nothing_to_say_are_dropped_but_one_where_no_other_is():
     equal = tree(3, 3, prompts_per_step=2, keep="informative", replay_steps=4)
     rows, metrics = grown(equal, Random(), score=constant)
     assert len(rows) == 1
-    assert advantages(rows) == [0.0]
+    assert own(rows[0]) == ()
     assert metrics["rollout/edges_dropped"] == metrics["rollout/edges"] > 1
     assert metrics["rollout/edges_waiting"] == 0
+
+
+def test_lengths_are_of_all_leaves_whichever_edges_are_chosen():
+    def lengths(**changes):
+        _, metrics = grown(tree(4, 3, prompts_per_step=3, **changes), Random())
+        return {name: x for name, x in metrics.items() if name.startswith("response_length/")}
+
+    assert len(lengths()) == 3
+    assert 0 < lengths()["response_length/clip_ratio"] < 1
+    assert lengths() == lengths(edges_per_step=1) == lengths(keep="informative")
 
 
 def test_edges_that_are_not_used_wait_and_are_used_once():

@@ -151,13 +151,11 @@ def test_an_unfinished_response_goes_on_in_the_next_step_and_the_next_prompt_tak
         {
             "rollout/finished": 1,
             "rollout/paused": 1,
-            "rollout/fresh_tokens": 5,
             "rollout/windows": 1,
         },
         {
             "rollout/finished": 2,
             "rollout/paused": 0,
-            "rollout/fresh_tokens": 5,
             "rollout/windows": 1.5,  # one took two, the other one
         },
     ]
