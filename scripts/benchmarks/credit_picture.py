@@ -42,8 +42,10 @@ def draw(tasks: Mapping[str, Mapping[str, Sequence[Curve]]], output: Path) -> No
     figure = Figure(figsize=(10.5, 3.9 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), len(AXES), squeeze=False)
     for row, (name, runs) in zip(panels, tasks.items(), strict=True):
+        span = shown_range([curve for curves in runs.values() for curve in curves])
         for axes, (key, (label, unit)) in zip(row, AXES.items(), strict=True):
             _panel(axes, runs, key, unit)
+            axes.set_ylim(*span)
             axes.set_title(f"{name}: held-out accuracy", loc="left", fontsize=10, color="#333333")
             axes.set_xlabel(label, color="#555555")
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -59,12 +61,22 @@ def _panel(axes: "Axes", runs: Mapping[str, Sequence[Curve]], key: str, unit: fl
         low = [m - e for m, e in zip(mean, error, strict=True)]
         high = [m + e for m, e in zip(mean, error, strict=True)]
         axes.fill_between(xs, low, high, color=COLOURS[setting], alpha=0.15, linewidth=0)
-    axes.set_ylim(0.0, 1.02)
     axes.set_xlim(left=0.0)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0, labelcolor="#555555", labelsize=9)
+
+
+def shown_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Accuracies of the picture: those from the first evaluation after the start on; of the rise to it, the end.
+
+    >>> start, then, last = ({"accuracy": a} for a in (0.1, 0.5, 0.9))
+    >>> shown_range([[start, then, last]])
+    (0.45, 0.95)
+    """
+    later = [point["accuracy"] for curve in curves for point in curve[1:]]
+    return round(max(0.0, min(later) - 0.05), 2), round(min(1.0, max(later) + 0.05), 2)
 
 
 def average(curves: Sequence[Curve], key: str) -> tuple[list[float], list[float], list[float]]:
