@@ -198,7 +198,7 @@ def train(run: Run, parts: Parts) -> None:
             )
         moved = moved or moves
 
-        log.add(said, evenness, credit.metrics, parts.score.metrics())
+        log.add({**parts.score.metrics(), **said}, evenness, credit.metrics)
         if isinstance(engine, Metered):
             log.add(engine.metrics())
         parts.completions.log(step, rollouts, credit)

@@ -98,6 +98,12 @@ class SPOTree(DoubtfulTokens):
             "at least 2 at every level when edge_advantage is leave_one_out: a segment is compared "
             "with others that begin where it does",
         )
+        self._require(
+            "branching",
+            self.keep == "all" or max(self.branching) >= 2,
+            "at least 2 at some level when keep is informative: an only child is worth what its "
+            "parent is, and its edge is dropped",
+        )
         self._require("segment_tokens", self.segment_tokens >= 1, "at least 1")
         self._require("best_of", 1 <= self.best_of < math.inf, "finite and at least 1")
         self._require("prover_weight", 0 <= self.prover_weight < math.inf, "finite and at least 0")

@@ -221,6 +221,14 @@ def _critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:
             f"critic {critic.name} says what the nodes of sampled trees are worth, and {name} samples no trees; choose "
             "another critic, for example monte_carlo, or algorithm.name: spo_tree"
         )
+    learns = hasattr(critic.settings, "lr") and not traits.says_prompt_values
+    fresh = getattr(critic.settings, "init", None) in (None, "policy")  # cards differ
+    if learns and fresh and not card.teaches_critic and critic.name != card.default_critic:
+        yield (
+            f"critic {critic.name} learns, and {name} does not teach it, so that it would say the same everywhere; "
+            f"give critic.init the folder of a trained one, or set critic: {card.default_critic}, or choose an "
+            "algorithm that teaches, for example ppo or vineppo"
+        )
     if card.group_size < traits.least_group_size:
         yield (
             f"critic {critic.name} compares siblings: algorithm.group_size must be at least {traits.least_group_size}, "

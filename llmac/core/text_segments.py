@@ -1,6 +1,7 @@
 """Segments that end where a pattern matches in the decoded text, mapped back to tokens exactly."""
 
 import bisect
+import difflib
 import itertools
 import re
 from collections.abc import Sequence
@@ -26,11 +27,19 @@ def compile_delimiter(delimiter: str) -> re.Pattern[str]:
     """The pattern that a name of `DELIMITERS` stands for, or the regular expression itself.
 
     Raises:
-        ValueError: no regular expression, or one that matches where nothing is.
+        ValueError: a name that is misspelt, no regular expression, or one that matches where
+            nothing is.
 
     >>> compile_delimiter("semicolon").pattern, compile_delimiter("[.;]").pattern
     (';', '[.;]')
     """
+    plain = re.sub("[-_ ]", "", delimiter.lower())
+    meant = difflib.get_close_matches(plain, DELIMITERS, n=1, cutoff=0.85)
+    if meant and delimiter not in DELIMITERS:
+        raise ValueError(
+            f"{delimiter!r} is no name of a delimiter. Did you mean {meant[0]}? For these letters "
+            f"in the text write (?:{delimiter})"
+        )
     try:
         pattern = re.compile(DELIMITERS.get(delimiter, delimiter))
     except re.error as error:

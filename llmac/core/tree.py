@@ -95,6 +95,7 @@ class Tree:
     _trees: int = field(default=0, init=False, repr=False, compare=False)
     """Trees grown so far: those that wait keep their number."""
     _warned: bool = field(default=False, init=False, repr=False, compare=False)
+    _silent: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse trees that cannot grow, and bounds that leave nothing."""
@@ -138,8 +139,8 @@ class Tree:
         """Grow `prompts_per_step` trees, score their leaves, and choose edges of them and of earlier ones.
 
         The engine is asked once a level, with an empty list where nothing goes on: ranks may share
-        it. Leaves are scored in one call, each once, however little of the tree is left to it: the
-        mean reward is of leaves, while `rollout/tree_value` is of responses.
+        it. Leaves are scored in one call, each once, however little of the tree is left to it; the
+        mean reward is of responses all the same.
 
         Args:
             engine: samples.
@@ -159,7 +160,7 @@ class Tree:
                 `rollout/edges_expired`: edges that no step will use any more;
                 `rollout/edges_missing`: rows fewer than `edges_per_step`;
                 `rollout/leaves`; `rollout/tree_depth`: mean segments from the prompt to a leaf;
-                `rollout/tree_value`: mean over prompts of V, the expected reward of a response;
+                `reward/mean`: mean over prompts of V, the expected reward of a response;
                 `rollout/distinct_tokens`: of the tokens of all rows, prompts included, those that
                 are left when what rows of a tree share from the beginning on counts once;
                 `response_length/*`: of all leaves, chosen as rows or not.
@@ -182,11 +183,15 @@ class Tree:
             per_prompt=self.edges_per_prompt,
             seed=seed,
         )
+        if not kept:
+            self._warn_of_silence(ends)
         rows = self._in_order(drawn.rows or [_without_own(grown[0])], seed)
         return rows, self._metrics(roots, cost, grown, kept, drawn, rows)
 
     def state(self) -> dict[str, Any]:
-        """The edges that wait, and how many trees were grown."""
+        """The edges that wait, and how many trees were grown; nothing if none waits."""
+        if not len(self._buffer):
+            return {}
         return {"buffer": self._buffer.state(), "trees": self._trees}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -316,12 +321,25 @@ class Tree:
             "response_length/mean": Mean(float(sum(lengths)), count),
             "response_length/max": Max(float(max(lengths))),
             "response_length/clip_ratio": Mean(float(cut), count),
-            "rollout/tree_value": Mean(sum(root.value for root in roots), float(len(roots))),
+            "reward/mean": Mean(sum(root.value for root in roots), float(len(roots))),
             "rollout/distinct_tokens": Mean(
                 float(distinct_tokens(paths) - len({row.group for row in rows})),
                 float(sum(len(path) - 1 for path in paths)),
             ),
         }
+
+    def _warn_of_silence(self, ends: Sequence[Node]) -> None:
+        if self._silent:
+            return
+        self._silent = True
+        rewards = sorted({leaf.value for leaf in ends})
+        logger.warning(
+            "no edge of this step's trees is worth more at one end than at the other (%d leaves, rewards %s), so that "
+            "nothing is learned from them. Said once; rollout/edges_dropped counts them. If it lasts: is the task out "
+            "of reach, or solved? do levels branch? look at reward/* and the sampled completions",
+            len(ends),
+            ", ".join(f"{reward:g}" for reward in rewards[:5]),
+        )
 
     def _warn_of_reading_again(self, engine: RolloutEngine, cost: _Sampling) -> None:
         # An optional part of what an engine says of itself: one that does not, is not trusted with it.

@@ -188,6 +188,13 @@ def test_a_critic_of_siblings_needs_siblings(ppo):
     assert "t_ppo does not judge them in one step" in windows
 
 
+def test_a_critic_that_learns_needs_an_algorithm_that_teaches_it_or_lessons_before(ppo):
+    said = refusal(ppo, "algorithm=spo_chain", "critic=value_head")
+    assert "critic value_head learns, and spo_chain does not teach it" in said
+    load_recipe(ppo, ["algorithm=spo_chain", "critic={name: value_head, init: there}"])
+    load_recipe(ppo, ["algorithm=vineppo", "critic=value_head"])
+
+
 def test_a_critic_of_trees_needs_an_algorithm_that_samples_them(ppo):
     assert "ppo samples no trees; choose another critic" in refusal(ppo, "critic=tree_mean")
     load_recipe(ppo, ["algorithm=spo_tree", "critic=tree_mean"])

@@ -144,3 +144,10 @@ def test_a_response_is_decoded_whole_once_and_short_runs_of_it_once(tokenizer, l
 def test_delimiters_that_are_none(delimiter, says):
     with pytest.raises(ValueError, match=says):
         compile_delimiter(delimiter)
+
+
+@pytest.mark.parametrize("delimiter", ["newlines", "new_line", "semi-colon", "Sentence"])
+def test_a_name_that_is_misspelt_is_not_a_pattern(delimiter):
+    with pytest.raises(ValueError, match=r"is no name of a delimiter\. Did you mean"):
+        compile_delimiter(delimiter)
+    assert compile_delimiter(f"(?:{delimiter})").search(delimiter)

@@ -188,13 +188,12 @@ def test_a_tree_by_hand():
         "edges_missing": 64 - 4,
         "leaves": 3,
         "tree_depth": 5 / 3,
-        "tree_value": 0.625,
         "distinct_tokens": 15 / 22,
     }
     lengths = {"mean": (6 + 8 + 2) / 3, "max": 8, "clip_ratio": 1 / 3}
     assert metrics == {f"rollout/{name}": value for name, value in expected.items()} | {
         f"response_length/{name}": value for name, value in lengths.items()
-    }
+    } | {"reward/mean": 0.625}
 
 
 def test_a_tree_is_the_plan_that_the_loop_and_build_expect():
@@ -554,3 +553,15 @@ def test_the_noise_of_a_node_falls_as_one_over_its_leaves(world):
     (one, n), (four, m) = variance(1), variance(4)
     # The relative error of a variance is about √(2/n).
     assert one / four == pytest.approx(4, rel=3 * math.sqrt(2 / n + 2 / m))
+
+
+def test_a_tree_in_which_nothing_differs_says_so_once_and_remembers_nothing(caplog):
+    def all_right(trajectories):
+        return [dataclasses.replace(t, reward=1.0) for t in trajectories]
+
+    plan = tree(2, 2, keep="informative", replay_steps=2)
+    for seed in (1, 2):
+        rows, _ = grown(plan, Random(), score=all_right, seed=seed)
+        assert own(rows[0]) == ()
+    assert sum("leaves, rewards 1)" in r.getMessage() for r in caplog.records) == 1
+    assert plan.state() == {}

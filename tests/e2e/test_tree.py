@@ -68,7 +68,7 @@ def test_a_run_with_replay_resumes_bitwise(settings, read_metrics, tmp_path):
         assert line["rollout/edges"] <= 4 * (3 + 6 + 12)
         assert line["rollout/tokens"] < line["rollout/sampled_tokens"]
         assert line["rollout/edges_waiting"] > 0
-        assert 0 < line["rollout/tree_value"] < 1
+        assert 0 < line["reward/mean"] < 1
         assert 0 < line["rollout/distinct_tokens"] < 1
     assert lines[2]["rollout/edges_replayed"] > 0  # 5 of each of 4 prompts are this step's
 
