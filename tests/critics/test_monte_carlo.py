@@ -198,12 +198,14 @@ def test_unsure_states_get_more_until_they_are_sure_enough():
     settings = {"continuations": 4, "standard_error": 0.15, "max_continuations": 10}
     critic, engine = live(**settings)
     asked(critic, TWO)
-    outcomes = {}
+    outcomes, sampled = {}, 0
     everything = [request for requests in engine.asked for request in requests]
     assert len({request.params.seed for request in everything}) == len(everything)
     for request in everything:
         before = request.prompt_ids[1:]
-        drawn = [odd(before + c.token_ids) for c in engine.generate([request])[0]]
+        [answers] = engine.generate([request])
+        sampled += sum(len(c.token_ids) for c in answers)
+        drawn = [odd(before + c.token_ids) for c in answers]
         outcomes.setdefault(before, []).extend(drawn)
     numbers = [len(found) for found in outcomes.values()]
     assert min(numbers) < max(numbers) == 10
@@ -213,6 +215,7 @@ def test_unsure_states_get_more_until_they_are_sure_enough():
     said = measured(critic)
     assert said["critic/standard_error"] == pytest.approx(sum(errors) / len(errors))
     assert said["critic/continuations"] == sum(numbers)
+    assert said["rollout/sampled_tokens"] == sampled
 
 
 def test_a_rank_that_needs_no_more_asks_as_often_as_the_others():

@@ -23,9 +23,9 @@ EVERYTHING = {
 
 @pytest.fixture
 def settings(settings):
-    """PPO with five tokens a response, two steps."""
+    """PPO with five tokens a response, fewer where a stop string comes first, two steps."""
     settings["algorithm"] = {"name": "ppo", "group_size": 2}
-    settings["rollout"]["max_new_tokens"] = 5
+    settings["rollout"] |= {"max_new_tokens": 5, "stop": ["ab", "fe"]}
     settings["run"] |= {"steps": 2, "save_every": 1}
     return settings
 
