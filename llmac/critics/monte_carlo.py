@@ -6,6 +6,7 @@ sampled (temperature, `top_p`, `top_k`), with a variance that falls as 1/K. What
 """
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,11 @@ from llmac.critics.bench import CriticBench
 from llmac.critics.continuing import CountingScorer, continue_states
 from llmac.critics.refusals import refuse_infinite, refuse_range, refuse_unless
 from llmac.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DEAR = 20
+"""Continuation tokens for each token of the responses, from which on a run is told what its values cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +142,7 @@ class MonteCarlo:
         self._score: Scorer = self._judge or bench.score
         self._metrics: dict[str, Measure] = {}
         self._responses: list[Trajectory] = []
+        self._told = False
         self.offers: bool = config.reuse
 
     def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
@@ -230,6 +237,7 @@ class MonteCarlo:
                 break
         self._count(states, found, limits, tokens)
         self._metrics["rollout/sampled_tokens"] = Sum(float(sampled))
+        self._tell_cost(sampled, len(states), rollouts)
         if config.tokens_per_prompt is not None:
             self._metrics["critic/states_withheld"] = Sum(float(budget.withheld))
         return found
@@ -262,6 +270,20 @@ class MonteCarlo:
                 if name == "reward/unscored" or name.endswith("/errors")
             ]
             self._metrics["critic/continuations_unscored"] = Sum(sum(wrong))
+
+    def _tell_cost(self, sampled: int, states: int, rollouts: Rollouts) -> None:
+        own = int((rollouts.action_mask & rollouts.fresh).sum())
+        if self._told or sampled <= DEAR * own:
+            return
+        self._told = True
+        logger.warning(
+            "critic monte_carlo sampled %d tokens to value %d states of responses of %d tokens together; ask at fewer "
+            "states (algorithm.segmenter, algorithm.max_segments), or bound it by critic.tokens_per_prompt. Said once: "
+            "rollout/sampled_tokens counts it",
+            sampled,
+            states,
+            own,
+        )
 
     def _seed_of(self, state: State, rounds: int) -> int:
         what = (self._seed, self._engine.policy_version, rounds, state.key)

@@ -383,3 +383,17 @@ def test_rows_of_an_earlier_window_are_continued_from_all_their_tokens():
     rollouts = rollouts_of([later])
     critic.values(rollouts, rollouts.action_mask & rollouts.fresh)
     assert [r.prompt_ids for r in engine.asked[0]] == [(90, 1, 2), (90, 1, 2, 1)]
+
+
+def test_what_values_cost_is_told_once_where_it_is_much(caplog):
+    critic, _ = live(continuations=40)
+    for _ in range(2):
+        asked(critic, TWO)
+    [said] = [r.getMessage() for r in caplog.records]
+    assert (
+        f"sampled {int(measured(critic)['rollout/sampled_tokens'])} tokens to value 5 states"
+        in said
+    )
+    cheap, _ = live(continuations=1)
+    asked(cheap, TWO)
+    assert len(caplog.records) == 1
