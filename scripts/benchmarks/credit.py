@@ -12,19 +12,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from credit_picture import draw
 from critics import chosen, short, spread, start_of
-from jobs import CHECKOUT, RUNS, JobError, run_job
-from report import Cell, Report, as_text
+from jobs import CHECKOUT, RUNS, run_job
+from pages import write_between
+from report import Cell, Report
 
 FOLDER = RUNS / "credit"
 RESULTS = FOLDER / "results.jsonl"
 PAGE = CHECKOUT / "docs" / "benchmarks.md"
 PICTURE = CHECKOUT / "docs" / "credit_curves.png"
-BEGIN, END = "<!-- credit: made by scripts/benchmark credit -->", "<!-- credit: end -->"
+MARKS = "<!-- credit: made by scripts/benchmark credit -->", "<!-- credit: end -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
     reports = [table(task, found) for task in TASKS if any(x["task"] == task for x in found)]
     if arguments.docs:
         draw({name: runs_of(name, found) for name in TASKS}, PICTURE)
-        write(PAGE, reports)
+        write_between(PAGE, MARKS, reports)
     return reports
 
 
@@ -210,18 +210,3 @@ def first_at(curve: Sequence[Mapping[str, float]], goal: float) -> float | None:
             way = (goal - a["accuracy"]) / (b["accuracy"] - a["accuracy"])
             return a["tokens"] + way * (b["tokens"] - a["tokens"])
     return None
-
-
-def write(page: Path, reports: Sequence[Report]) -> None:
-    """Replace what is between the two marks of the page.
-
-    Raises:
-        JobError: the page lacks a mark.
-    """
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise JobError(f"{page} lacks the lines `{BEGIN}` and `{END}`")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    tables = "\n".join(as_text(report) for report in reports)
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")

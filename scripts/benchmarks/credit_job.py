@@ -15,7 +15,6 @@ from typing import Any
 from llmac.build import build
 from llmac.config import load_recipe, verify
 from llmac.core.measures import Measure, Sum
-from llmac.loop import SAMPLED
 from llmac.loop import train as run_loop
 from llmac.runtime.context import Runtime
 from llmac.runtime.phases import Phases
@@ -64,7 +63,7 @@ def curve(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     points: list[dict[str, float]] = []
     tokens = seconds = cpu_seconds = 0.0
     for line in lines:
-        tokens += line.get(SAMPLED, 0.0)
+        tokens += line.get("rollout/sampled_tokens", 0.0)
         seconds += spent(line, "timing_s/")
         cpu_seconds += spent(line, "cpu_s/")
         if ACCURACY in line:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs import CHECKOUT, RUNS, JobError, quickstart_start, run_job
-from report import Cell, Report, as_text
+from pages import write_between
+from report import Cell, Report
 
 FOLDER = RUNS / "critics"
 RESULTS = FOLDER / "results.jsonl"
 PAGE = CHECKOUT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- critics: made by scripts/benchmark critics -->", "<!-- critics: end -->"
+MARKS = "<!-- critics: made by scripts/benchmark critics -->", "<!-- critics: end -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
     found = results()
     reports = [table(task, found) for task in TASKS if any(x["task"] == task for x in found)]
     if arguments.docs:
-        write(PAGE, reports)
+        write_between(PAGE, MARKS, reports)
     return reports
 
 
@@ -242,18 +243,3 @@ def error(seeds: Sequence[Line]) -> float:
     """Root mean squared error against Monte Carlo, its noise included."""
     wrong = [t - v for m in seeds for t, v in zip(m["truth"], m["values"], strict=True)]
     return statistics.fmean(x * x for x in wrong) ** 0.5
-
-
-def write(page: Path, reports: Sequence[Report]) -> None:
-    """Replace what is between the two marks of the page.
-
-    Raises:
-        JobError: the page lacks a mark.
-    """
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise JobError(f"{page} lacks the lines `{BEGIN}` and `{END}`")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    tables = "\n".join(as_text(report) for report in reports)
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")

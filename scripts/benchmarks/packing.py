@@ -13,12 +13,12 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import training
 from jobs import CHECKOUT, JobError, fresh_folder, quickstart_start, run_job
-from report import Cell, Report, as_text, ratio, settled
+from pages import write_between
+from report import Cell, Report, ratio, settled
 
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {
@@ -53,7 +53,7 @@ STEPS, WARM_UP = 8, 2
 AGREE = 1e-3
 """Relative difference that is rounding."""
 PAGE = CHECKOUT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- packing: made by scripts/benchmark packing -->", "<!-- packing: end -->"
+MARKS = "<!-- packing: made by scripts/benchmark packing -->", "<!-- packing: end -->"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
     reports = [of_model(model, arguments, threads) for model in arguments.models]
     reports.append(of_recipe("grpo", arguments.packing_rounds, threads))
     if arguments.docs:
-        write(PAGE, reports)
+        write_between(PAGE, MARKS, reports)
     return reports
 
 
@@ -205,18 +205,3 @@ def of_recipe(recipe: str, rounds: int, threads: int) -> Report:
 def median_of(run: Mapping[str, Any], phase: str) -> float:
     lines = settled([line[f"timing_s/{phase}"] for line in run["lines"]], warm_up=WARM_UP)
     return statistics.median(lines)
-
-
-def write(page: Path, reports: Sequence[Report]) -> None:
-    """Replace what is between the two marks of the page.
-
-    Raises:
-        JobError: the page lacks a mark.
-    """
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise JobError(f"{page} lacks the lines `{BEGIN}` and `{END}`")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    tables = "\n".join(as_text(report) for report in reports)
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")

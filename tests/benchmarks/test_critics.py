@@ -105,20 +105,21 @@ def test_finished_runs_are_not_run_again(critics, tmp_path, monkeypatch):
 
 def test_the_page_changes_between_its_marks_only(critics, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{critics.BEGIN}\nold\n{critics.END}\nafter\n")
-    critics.write(page, [critics.table("stages", [line(0, 0.5)])])
+    begin, end = critics.MARKS
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    critics.write_between(page, critics.MARKS, [critics.table("stages", [line(0, 0.5)])])
     text = page.read_text()
-    assert text.startswith(f"before\n{critics.BEGIN}\n\nTask stages")
-    assert text.endswith(f"{critics.END}\nafter\n")
+    assert text.startswith(f"before\n{begin}\n\nTask stages")
+    assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
     page.write_text("no marks")
-    with pytest.raises(critics.JobError, match="lacks the lines"):
-        critics.write(page, [])
+    with pytest.raises(Exception, match="lacks the lines"):
+        critics.write_between(page, critics.MARKS, [])
 
 
 def test_the_page_has_the_marks(critics):
     text = critics.PAGE.read_text()
-    assert text.index(critics.BEGIN) < text.index(critics.END)
+    assert text.index(critics.MARKS[0]) < text.index(critics.MARKS[1])
 
 
 @pytest.mark.parametrize("task", ["quickstart", "stages"])

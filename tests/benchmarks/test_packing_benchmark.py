@@ -139,16 +139,3 @@ def test_kinds_that_disagree_are_not_compared(packing):
 def test_a_phase_is_judged_behind_the_warm_up(packing):
     seconds = [9.0, 9.0, 1.0, 2.0, 3.0]
     assert packing.median_of({"lines": [{"timing_s/gen": s} for s in seconds]}, "gen") == 2.0
-
-
-def test_tables_go_between_their_marks(packing, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"a\n{packing.BEGIN}\nold\n{packing.END}\nb\n")
-    report = packing.Report(title="T", columns=["c"], rows=[["x"]])
-    packing.write(page, [report])
-    assert "old" not in page.read_text()
-    assert page.read_text().startswith(f"a\n{packing.BEGIN}\n\nT\n")
-    assert page.read_text().endswith(f"{packing.END}\nb\n")
-    page.write_text("nothing")
-    with pytest.raises(packing.JobError, match="lacks the lines"):
-        packing.write(page, [report])
