@@ -73,8 +73,8 @@ class SPOTree(DoubtfulTokens):
     reward_range: tuple[float, float] = (0.0, 1.0)
     """Reward of a failure and of a success: the prover's chance lies between."""
     edges_per_step: int | None = None
-    """Rows of a step, over all processes, each of which rounds its share up; None: 64 for each prompt, as in SPO's GSM8K runs (1,024 of
-    16). 16 for each in its MATH runs (512 of 32)."""
+    """Rows of a step, over all processes, each of which rounds its share up; None: 64 for each
+    prompt, as in SPO's GSM8K runs (1,024 of 16). 16 for each in its MATH runs (512 of 32)."""
     edges_per_prompt: int | None = 32
     """Most rows of a step that answer the same prompt; None: no such bound. 32 in SPO's code."""
     replay_steps: int = 8
