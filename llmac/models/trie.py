@@ -12,6 +12,10 @@ from torch import Tensor
 
 from llmac.core.prefixes import Ids, depth_first
 
+REACH = 4
+"""Tokens that rows of a bin may look at, as a multiple of its budget: on the CPU their keys and values are gathered row
+by row."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trie:
@@ -77,9 +81,10 @@ class Trie:
 def bins(rows: Sequence[Ids], begins: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     """Rows dealt into tries of at most `max_tokens` nodes, neighbours together.
 
-    A row costs the tokens it does not share with the row before it. Where a bin is full, the next row begins another
-    and brings its prefix along; a row longer than the budget stands alone. A family of rows that begin alike stays
-    together if the bin it would be torn between is half full already.
+    A row costs the tokens it does not share with the row before it. If there are any, they look at the whole row: such
+    rows have at most `REACH * max_tokens` tokens together. Where a bin is full, the next row begins another and brings
+    its prefix along; a row longer than the budget stands alone. A family of rows that begin alike stays together if the
+    bin it would be torn between is half full already.
 
     Args:
         rows: token ids.
@@ -94,18 +99,24 @@ def bins(rows: Sequence[Ids], begins: Sequence[int], *, max_tokens: int) -> list
     """
     order, shared = depth_first(rows)
     found: list[list[int]] = []
-    used = 0
+    used = looked_at = 0
     for family in _families(order, shared, begins):
-        together = sum(len(rows[row]) - known for row, known in family)
-        torn = bool(found) and used + together > max_tokens
-        apart = torn and 2 * used >= max_tokens
-        for row, known in family:
-            cost = len(rows[row]) - known
-            if not found or apart or used + cost > max_tokens:
+        sizes = [len(rows[row]) for row, _ in family]
+        own = [size - known for size, (_, known) in zip(sizes, family, strict=True)]
+        whole = [size if new else 0 for size, new in zip(sizes, own, strict=True)]
+        together = max(used + sum(own), (looked_at + sum(whole)) / REACH)
+        half_full = 2 * max(used, looked_at / REACH) >= max_tokens
+        apart = bool(found) and together > max_tokens and half_full
+        for (row, _), size, new, looks_at in zip(family, sizes, own, whole, strict=True):
+            filled = max(used + new, (looked_at + looks_at) / REACH)
+            if not found or apart or filled > max_tokens:
                 found.append([])
-                used, cost, apart = 0, len(rows[row]), False
+                used = looked_at = size
+                apart = False
+            else:
+                used += new
+                looked_at += looks_at
             found[-1].append(row)
-            used += cost
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmac.core.prefixes import common_prefix, depth_first, distinct_tokens
-from llmac.models.trie import Trie, bins
+from llmac.models.trie import REACH, Trie, bins
 
 
 def random_rows(seed, count=30):
@@ -73,6 +73,15 @@ def test_a_trie_larger_than_the_budget_is_split_with_its_prefix_repeated():
     assert bins(rows, [3] * 6, max_tokens=5) == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_rows_of_a_bin_look_at_a_bounded_number_of_tokens():
+    # Twelve rows of 17 tokens, one of them its own, and a copy of each, which looks at nothing.
+    rows = [(*[7] * 16, token // 2) for token in range(24)]
+    budget = 30  # 16 + 12 nodes
+    assert 7 * 17 <= REACH * budget < 8 * 17
+    found = bins(rows, [16] * 24, max_tokens=budget)
+    assert [len(members) for members in found] == [14, 10]
+
+
 def test_a_family_stays_together_where_the_bin_is_half_full():
     rows = [(1, 1, token) for token in range(3)] + [(2, 2, token) for token in range(3)]
     begins = [2] * 6
@@ -85,8 +94,12 @@ def test_a_family_stays_together_where_the_bin_is_half_full():
     assert bins(same, [3] * 6, max_tokens=10) == [[0, 1, 2], [3, 4, 5]]
     assert bins(same, [3] * 6, max_tokens=11) == [[0, 1, 2, 3, 4, 5]]
     # a family that would leave most of the bin empty is torn
-    long = [(1,), *((2, 2, token) for token in range(9))]
-    assert bins(long, [1, *[2] * 9], max_tokens=10)[0] == [0, *range(1, 8)]
+    long = [(1, 1, 1), *((2, 2, token) for token in range(9))]
+    assert bins(long, [3, *[2] * 9], max_tokens=10)[0] == [0, *range(1, 6)]
+    # two families of 22 nodes would fit, but not all that they look at
+    wide = [(*[word] * 16, token) for word in (1, 2) for token in range(6)]
+    assert 6 * 17 < REACH * 46 < 12 * 17
+    assert bins(wide, [16] * 12, max_tokens=46) == [[*range(6)], [*range(6, 12)]]
 
 
 @pytest.mark.parametrize("seed", range(3))
