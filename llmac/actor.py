@@ -14,6 +14,7 @@ from llmac.core.types import Batch, Credit, Loss, Rollouts
 from llmac.errors import ConsistencyError
 from llmac.models.loading import LanguageModel
 from llmac.models.packing import PackedRows, Packing, minibatches
+from llmac.models.path_probe import settled
 from llmac.models.policy import TokenPolicy
 from llmac.runtime.context import Runtime
 from llmac.runtime.learner import Learner
@@ -54,7 +55,7 @@ class Actor:
             learner: takes the optimizer steps.
             runtime: the process group.
             reference: needed by algorithms with `uses_reference`.
-            packing: how rows become inputs; policy and reference must be able to read them.
+            packing: how rows become inputs, `fitting` policy and reference.
             epochs: passes over the step's rollouts.
             minibatches: optimizer steps per pass.
             ratio_tolerance: how far the first importance ratio of a step may be from 1 (on-policy check).
@@ -65,7 +66,8 @@ class Actor:
         self._learner = learner
         self._runtime = runtime
         self._reference = reference
-        self._packing = packing
+        models = [policy, *([reference.policy] if reference and reference.policy else [])]
+        self._packing = settled(packing, models, self._ask_everyone, runtime)
         self._epochs = epochs
         self._minibatches = minibatches
         self._ratio_tolerance = ratio_tolerance
@@ -151,6 +153,13 @@ class Actor:
     def load(self, directory: Path) -> None:
         """Continue from a checkpoint."""
         self._learner.load(directory)
+
+    def _ask_everyone(self, rows: PackedRows) -> None:
+        """Show rows to the policy and the reference."""
+        self._learner.look(lambda module, r: module(r), [rows], beside_engine=True)
+        other = self._reference.policy if self._reference else None
+        if other is not None:
+            self._learner.look(lambda _, r: other(r), [rows], beside_engine=True)
 
     def _step(
         self, rollouts: Rollouts, credit: Credit, algorithm: Algorithm, *, on_policy: bool

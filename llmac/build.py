@@ -368,14 +368,17 @@ def _actor(
     policy = as_policy(model)
     packing = Packing(
         kind=settings.packing, max_tokens=settings.max_tokens_per_microbatch, pad_id=pad_id
-    ).fitting(model)
+    )
+    frozen: LanguageModel | None = None
     reference: Reference | None = None
     if algorithm.uses_reference and isinstance(model, PeftModel) and spec.reference is None:
         reference = Reference(None, model.disable_adapter)
     elif algorithm.uses_reference:
         with runtime.loading(torch_dtype(spec)):
             frozen = load_causal_lm(spec, spec.reference)
-        packing = packing.fitting(frozen)
+    readers = [model] if frozen is None else [model, frozen]
+    packing = packing.fitting(*readers, device=runtime.device)  # before they are in shards
+    if frozen is not None:
         reference = Reference(runtime.freeze(as_policy(frozen), compute_dtype=compute_dtype))
     learning_steps = (recipe.run.steps - recipe.run.critic_warmup_steps) // recipe.run.policy_every
     if learning_steps <= 0:

@@ -55,7 +55,7 @@ class CriticBench:
         packing = Packing(
             kind=self.packing, max_tokens=self.max_tokens_per_microbatch, pad_id=self.pad_id
         )
-        return packing.fitting(trunk)
+        return packing.fitting(trunk, device=self.runtime.device)
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from llmac.core.measures import Metrics
 from llmac.core.types import CriticTargets, Rollouts, Values
 from llmac.critics.scatter import values_of
 from llmac.models.packing import Packing
+from llmac.models.path_probe import settled
 from llmac.models.value_model import ValueModel
 from llmac.runtime.context import Runtime
 
@@ -31,8 +32,10 @@ class FrozenCritic:
             packing: how rows become inputs; padded if the model cannot read them so.
             compute_dtype: forward passes run in it; None: in the weights' own.
         """
-        self._packing = packing.fitting(model.backbone)
+        fitting = packing.fitting(model.backbone, device=runtime.device)
         self._module = runtime.freeze(model, compute_dtype=compute_dtype)
+        ask = torch.no_grad()(self._module)
+        self._packing = settled(fitting, [model.backbone], ask, runtime)
         self._runtime = runtime
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from llmac.core.ensembles import Combination, Combine
@@ -13,6 +14,8 @@ from llmac.critics.refusals import refuse_infinite, refuse_range, refuse_unless
 from llmac.critics.target_network import TargetNetwork
 from llmac.errors import ConfigError
 from llmac.models.loading import torch_dtype, train_in_full_mode
+from llmac.models.packing import PackedRows
+from llmac.models.path_probe import settled
 from llmac.models.value_heads import HeadSpec
 from llmac.models.value_model import ValueModel
 from llmac.runtime.learner import Learner, Optimization
@@ -192,6 +195,10 @@ class HeadConfig(Optimization, ABC):
             compute_dtype=bench.compute_dtype,
             before_learning=bench.before_learning,
         )
+        ask = bench.prompt_states or bench.policy_states
+        if self.trunk == "own":
+            ask = partial(_show, learner)
+        packing = settled(packing, [model.backbone], ask, bench.runtime)
         return HeadCritic(
             model,
             learner,
@@ -220,3 +227,7 @@ class HeadConfig(Optimization, ABC):
                 "critic.normalize: popart rewrites the head's weights, and this run cuts them and the optimizer's "
                 "copies into shards; set normalize: running, or launch with recipes/accelerate/ddp.yaml"
             )
+
+
+def _show(learner: Learner, rows: PackedRows) -> None:
+    learner.look(lambda module, r: module(r), [rows], beside_engine=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmac.core.prefixes import distinct_tokens
 from llmac.core.types import Rollouts, Trajectory
 from llmac.models import trie
-from llmac.models.tree_attention import Paths, arguments, follow_paths, logger, why_not
+from llmac.models.tree_attention import Paths, arguments, follow_paths, logger, name_of, why_not
 from llmac.models.trie import Trie
 
 Kind = Literal["auto", "trie", "varlen", "padded"]
@@ -66,21 +66,26 @@ class Packing:
 
     kind: Kind = "padded"
     """`trie`: each distinct (prefix, token) once; `varlen`: rows side by side without padding; `padded`; `auto`: a trie
-    where that saves a fifth of the padded tokens, and always padded on CUDA, where that was never measured."""
+    where that saves a fifth of the padded tokens, and always padded on CUDA, where that was never measured, and with
+    models that turn out not to see what rows share."""
     max_tokens: int
     """Bound on the tokens of a micro-batch: distinct ones in a trie, else rows x longest row or their sum. A longer row
-    stands alone."""
+    stands alone. Rows of a trie may look at `trie.REACH` times as many."""
     pad_id: int
     """Any token id; padding is never looked at."""
 
-    def fitting(self, *models: nn.Module) -> "Packing":
-        """This packing if all models can read it, else a padded one; their attention is made ready for it.
+    def fitting(self, *models: nn.Module, device: torch.device | str = "cpu") -> "Packing":
+        """This packing if all models can read it, else a padded one; only if all can is their attention made ready.
 
-        A model that cannot is named in the log.
+        A model that cannot is named in the log. What only a forward pass shows, `path_probe.settled` finds out.
+
+        Args:
+            models: all that will read the same rows.
+            device: where they will be.
         """
         if self.kind == "padded":
             return self
-        if self.kind == "auto" and torch.cuda.is_available():
+        if self.kind == "auto" and torch.device(device).type == "cuda":
             logger.info(
                 "rows are padded: tries are not measured on CUDA yet; try actor.packing: trie"
             )
@@ -89,7 +94,7 @@ class Packing:
             reason = why_not(model)
             if reason is not None:
                 logger.info(
-                    "%s reads padded rows, prefixes are not shared: %s", _name(model), reason
+                    "%s reads padded rows, prefixes are not shared: %s", name_of(model), reason
                 )
                 return replace(self, kind="padded")
         for model in models:
@@ -222,11 +227,6 @@ def _ids(trajectories: Sequence[Trajectory]) -> list[tuple[int, ...]]:
 
 def _padded(trajectories: Sequence[Trajectory]) -> int:
     return len(trajectories) * max(map(row_tokens, trajectories))
-
-
-def _name(model: nn.Module) -> str:
-    inner = getattr(model, "get_base_model", lambda: model)()  # inside a peft wrapper
-    return type(inner).__name__
 
 
 class OfRows(Protocol):

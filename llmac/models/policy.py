@@ -13,8 +13,7 @@ from llmac.errors import ConfigError
 from llmac.models.loading import LanguageModel
 from llmac.models.logprobs import Projection, token_logprobs
 from llmac.models.packing import PackedRows
-from llmac.models.path_probe import check_paths, evaluating
-from llmac.models.tree_attention import follows_paths
+from llmac.models.path_probe import PathProbe, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class TokenPolicy(nn.Module):
         self.chunk_mb = chunk_mb
         self.vocabulary = int(_output_layer(causal_lm(model)).out_features)
         self._chunked: bool | None = None
-        self._paths_checked = False
+        self._probe = PathProbe()
 
     def forward(
         self,
@@ -55,15 +54,18 @@ class TokenPolicy(nn.Module):
         With `hidden_only` instead (the backbone's hidden vectors, flattened [b * L, H]; an empty tensor): for a critic
         on this trunk, which must come in by the front door where the weights are sharded.
         """
-        # Here and not earlier: a sharded model has its weights only inside its forward pass. And whatever the rows:
-        # those of other ranks may be packed otherwise, and all must take part.
-        if not self._paths_checked and (rows.paths is not None or follows_paths(self.model)):
-            self._check_paths(rows.input_ids.device)
+        # Here and not earlier: a sharded model has its weights only inside its forward pass.
+        if self._chunked is None:
+            self._chunked = _projects_like_its_own_forward(self, rows.input_ids.device)
+        self._probe(
+            causal_lm(self.model),
+            rows,
+            lambda probe: self._hidden(probe.inputs(), split=self._chunked is True),
+            vocabulary=self.vocabulary,
+        )
         if hidden_only:
             hidden = self._hidden(rows.inputs(), split=True)
             return hidden, hidden.new_empty(0)
-        if self._chunked is None:  # here for the same reason
-            self._chunked = _projects_like_its_own_forward(self, rows.input_ids.device)
         mask = rows.action_mask
         # Rows with a state and a token in common ask about them once.
         nodes, place = rows.states[:, 1:][mask].unique(return_inverse=True)
@@ -91,13 +93,6 @@ class TokenPolicy(nn.Module):
         blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         chosen, entropy = chosen.index_select(0, place), entropy.index_select(0, place)
         return blank.masked_scatter(mask, chosen), blank.masked_scatter(mask, entropy)
-
-    def _check_paths(self, device: torch.device) -> None:
-        def hidden_of(rows: PackedRows) -> Tensor:
-            return self._hidden(rows.inputs(), split=self._chunked is not False)
-
-        check_paths(causal_lm(self.model), hidden_of, device, vocabulary=self.vocabulary)
-        self._paths_checked = True
 
     def _hidden(self, inputs: dict[str, Any], *, split: bool) -> Tensor:
         """Last hidden vectors, flattened [b * L, H]; logits [b * L, V] unless the model can be `split`."""

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmac.errors import ConfigError
+from llmac.models.block_mask import block_mask
 from llmac.models.trie import Trie
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,9 @@ WASTE = 1.25
 SMALL_AREA = 8192
 """Queries x keys that cost no more than one more block would."""
 
-_PREFIX = "along_paths_over_"
+_USUAL = "sdpa"
+_ALONG_PATHS = "along_paths_over_sdpa"
+_OVERLOOKS = "_overlooks_paths"
 _NEUTRAL = {"is_causal", "position_ids", "use_cache", "output_attentions"}
 
 
@@ -110,14 +113,12 @@ class Paths:
 
     def flexible(self) -> "Paths":
         """The same for flex attention."""
-        ends, nodes = self.ends, len(self.ends)
-
-        def on_path(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & (query < ends[key])
-
-        mask = create_block_mask(on_path, None, None, nodes, nodes, device=str(ends.device))
         return Paths(
-            depths=self.depths, blocks=(), answers=self.answers, ends=ends, block_mask=mask
+            depths=self.depths,
+            blocks=(),
+            answers=self.answers,
+            ends=self.ends,
+            block_mask=block_mask(self.ends),
         )
 
 
@@ -139,29 +140,44 @@ def why_not(model: nn.Module) -> str | None:
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are capped"
     name = inner.config._attn_implementation
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        return f"its attention is {name}, which is part of the model; set model.attention: sdpa"
-    return None
+    if name not in (_USUAL, _ALONG_PATHS):
+        return f"its attention is {name}; set model.attention: sdpa"
+    return found_out(model)
 
 
 def follow_paths(model: nn.Module) -> None:
     """Let a model's attention follow the `paths` it is called with; called without, it is as before."""
     inner = _transformer(model)
     assert inner is not None, "`why_not` was asked"
-    usual = inner.config._attn_implementation
-    assert usual is not None, "`why_not` was asked"
     if not follows_paths(model):
-        name = _PREFIX + usual
-        AttentionInterface.register(name, _over(ALL_ATTENTION_FUNCTIONS[usual]))
-        if usual in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
-        inner.set_attn_implementation(name)
+        AttentionInterface.register(_ALONG_PATHS, _over(ALL_ATTENTION_FUNCTIONS[_USUAL]))
+        AttentionMaskInterface.register(_ALONG_PATHS, ALL_MASK_ATTENTION_FUNCTIONS[_USUAL])
+        inner.set_attn_implementation(_ALONG_PATHS)
 
 
 def follows_paths(model: nn.Module) -> bool:
-    """Whether `follow_paths` has been called."""
+    """Whether `follow_paths` has been called, and nobody found out that it does not help."""
     inner = _transformer(model)
-    return inner is not None and str(inner.config._attn_implementation).startswith(_PREFIX)
+    return inner is not None and inner.config._attn_implementation == _ALONG_PATHS
+
+
+def find_out(model: nn.Module, reason: str) -> None:
+    """Never again let a model follow paths: it overlooks them, `reason` says how that was seen."""
+    inner = _transformer(model)
+    assert inner is not None, "it was called as a transformers model"
+    if follows_paths(model):
+        inner.set_attn_implementation(_USUAL)
+    setattr(inner, _OVERLOOKS, reason)  # copies of the model overlook them, too
+
+
+def found_out(model: nn.Module) -> str | None:
+    """What `find_out` was told."""
+    return getattr(_transformer(model), _OVERLOOKS, None)
+
+
+def name_of(model: nn.Module) -> str:
+    """The architecture inside any wrappers."""
+    return type(_transformer(model) or model).__name__
 
 
 def arguments(paths: Paths) -> dict[str, Any]:

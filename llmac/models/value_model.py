@@ -10,8 +10,7 @@ from transformers import AutoModel
 from llmac.errors import CheckpointError
 from llmac.models.loading import LanguageModel
 from llmac.models.packing import PackedRows
-from llmac.models.path_probe import check_paths
-from llmac.models.tree_attention import follows_paths
+from llmac.models.path_probe import PathProbe
 from llmac.models.value_heads import HeadSpec, build_head, load_head, saved_spec
 
 HiddenStates = Callable[[PackedRows], Tensor]
@@ -42,7 +41,7 @@ class ValueModel(nn.Module):
         else:
             self._borrowed = (backbone,)
         self._states = states
-        self._paths_checked = False
+        self._probe = PathProbe()
         self.spec = spec or HeadSpec()
         self.head = build_head(backbone.config.get_text_config().hidden_size, self.spec)
 
@@ -57,9 +56,8 @@ class ValueModel(nn.Module):
         With `raw` what they are made from instead: the outputs [b, T+1, E, N] of the E heads.
         """
         if self._states is None:
-            # In a forward pass and whatever the rows: see `TokenPolicy.forward`.
-            if not self._paths_checked and (rows.paths is not None or follows_paths(self._trunk)):
-                self._check_paths(rows.input_ids.device)
+            vocabulary = self._trunk.config.get_text_config().vocab_size
+            self._probe(self._trunk, rows, self._hidden, vocabulary=vocabulary)
             hidden = self._hidden(rows)
         else:
             hidden = self._states(rows)
@@ -74,11 +72,6 @@ class ValueModel(nn.Module):
 
     def _hidden(self, rows: PackedRows) -> Tensor:
         return self._trunk(**rows.inputs()).last_hidden_state.flatten(0, 1)
-
-    def _check_paths(self, device: torch.device) -> None:
-        config = self._trunk.config.get_text_config()
-        check_paths(self._trunk, self._hidden, device, vocabulary=config.vocab_size)
-        self._paths_checked = True
 
     def copy_on(
         self, backbone: LanguageModel, *, states: HiddenStates | None = None

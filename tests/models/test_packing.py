@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from llmac.core.collate import collate
@@ -87,6 +88,15 @@ def test_no_micro_batch_of_an_automatic_packing_is_larger_than_the_budget(make_t
         kinds = packed_as(auto, rows)
         assert ("trie" in kinds) is (rows is not alone)
         assert all(packed.input_ids.numel() <= 30 for _, packed in auto.packed(rows))
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "auto"), ("cuda", "padded")])
+def test_automatic_packing_asks_where_the_model_will_be_and_not_what_the_machine_has(
+    device, kind, make_model, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cpu")
+    auto = Packing(kind="auto", max_tokens=1, pad_id=0)
+    assert auto.fitting(make_model(), device=device).kind == kind
 
 
 def test_a_rank_with_fewer_rows_than_minibatches_takes_part_with_a_row_that_counts_nothing(

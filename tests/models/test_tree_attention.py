@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from llmac.config.schema import LoraConfig
 from llmac.errors import ConfigError, ConsistencyError
+from llmac.models.block_mask import block_mask
 from llmac.models.loading import add_lora, train_in_full_mode
 from llmac.models.packing import Packing, pack, pack_along_paths
 from llmac.models.policy import TokenPolicy
-from llmac.models.tree_attention import SMALL_AREA, WASTE, Paths, attend, why_not
+from llmac.models.tree_attention import SMALL_AREA, WASTE, Paths, attend, follows_paths, why_not
 from llmac.models.trie import Trie
 from llmac.models.value_heads import HeadSpec
 from llmac.models.value_model import ValueModel
@@ -235,13 +237,22 @@ def test_models_that_cannot_share_prefixes_are_named_and_read_padded_rows(
     architecture, changes, reason, caplog
 ):
     model = AutoModelForCausalLM.from_config(config(architecture, **changes))
+    other = language_model()
     with caplog.at_level(logging.INFO, logger="llmac"):
-        found = Packing(kind="trie", max_tokens=9, pad_id=0).fitting(language_model(), model)
+        found = Packing(kind="trie", max_tokens=9, pad_id=0).fitting(other, model)
     assert found == Packing(kind="padded", max_tokens=9, pad_id=0)
     [line] = caplog.messages
     assert type(model).__name__ in line
     assert reason in line
-    assert why_not(language_model()) is None
+    assert why_not(other) is None
+    assert not follows_paths(other)
+
+
+def test_flash_attention_reads_padded_rows():
+    """Its name in the configuration is what transformers looks its kernels up by."""
+    model = language_model()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert "is flash_attention_2; set model.attention: sdpa" in why_not(model)
 
 
 def test_a_model_that_overlooks_paths_is_found_out(family):
@@ -308,6 +319,48 @@ def test_flex_attention_sees_the_same_paths(family):
     mask = paths.flexible().block_mask
     found = flex_attention(query, key, value, block_mask=mask, scale=0.6, enable_gqa=True)
     torch.testing.assert_close(found.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize(("nodes", "step"), [(5, 1), (700, 1), (1100, 1), (1024, 128)])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_block_mask_is_that_of_all_pairs(nodes, step, share):
+    draw = torch.Generator().manual_seed(nodes)
+    rows, size = [], 0
+    while size < nodes:
+        known = rows[int(torch.randint(len(rows), (), generator=draw))] if rows else ()
+        cut, length = (
+            -(-int(n) // step) * step for n in torch.randint(1, 400, (2,), generator=draw)
+        )
+        rows.append((*known[:cut], *range(size, size + min(length, nodes - size))))
+        size += length
+    ends = Trie.of(rows, share=share).ends
+
+    def on_path(_b, _h, query, key):
+        return (key <= query) & (query < ends[key])
+
+    expected = create_block_mask(on_path, None, None, len(ends), len(ends), device="cpu")
+    found = block_mask(ends)
+    assert found.shape == expected.shape
+    names = ("kv", "full_kv", "q", "full_q")
+    for name in names:
+        counts, which = f"{name}_num_blocks", f"{name}_indices"
+        assert torch.equal(getattr(found, counts), getattr(expected, counts))
+        assert torch.equal(getattr(found, which), getattr(expected, which))
+
+
+def test_a_block_mask_is_made_without_a_tensor_of_all_pairs():
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            largest = max(largest, made.numel() if isinstance(made, torch.Tensor) else 0)
+            return made
+
+    with Watch():
+        block_mask(torch.full((4096,), 4096))
+    assert 0 < largest <= 4096
 
 
 @pytest.mark.gpu
