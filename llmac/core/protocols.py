@@ -108,6 +108,15 @@ class Metered(Protocol):
 
 
 @runtime_checkable
+class CountsPrefixHits(Protocol):
+    """An engine that knows how much of its prompts it did not have to compute."""
+
+    def prefix_hits(self) -> Metrics:
+        """`rollout/prefix_hit_rate` of all that was sampled since the last call; nothing where nothing was."""
+        ...
+
+
+@runtime_checkable
 class Resendable(Protocol):
     """An engine that may lose its weights between two updates, and then asks for them again."""
 
