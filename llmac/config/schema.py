@@ -188,7 +188,8 @@ class ActorConfig(Section):
     packing: Literal["auto", "trie", "varlen", "padded"] = "auto"
     """trie: responses that begin alike are computed once where they do; varlen: side by side without padding;
     padded: to the longest; auto: trie where it saves a fifth of the padded tokens, else padded; padded on CUDA, where
-    tries were never measured, and where a model turns out not to see what rows share. Changes speed and memory, never the gradient."""
+    tries were never measured, and where a model turns out not to see what rows share. Changes speed and memory, never
+    the gradient."""
 
 
 class RolloutConfig(Section):
