@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from llmac.actor import Actor, Reference
 from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
-from llmac.config import Recipe, dump, fingerprint, plain
+from llmac.config import Recipe, differences, dump, fingerprint, plain
 from llmac.config.schema import DataConfig, RewardFunctionConfig
 from llmac.console import Console, show_log_records
 from llmac.core.protocols import (
@@ -88,6 +88,9 @@ def build(
         runtime=runtime,
         fingerprint=fingerprint(recipe),
         is_in_use=_has_trained(output),
+        explain=lambda: "".join(
+            f"; {line}" for line in differences(recipe, output / "config.yaml")
+        ),
     )
     check_resume(recipe.run, checkpoints)
     tokenizer = load_tokenizer(recipe.model)

@@ -14,6 +14,7 @@ something, and `python tests/config/test_surface.py`. Imports pydantic and PyYAM
 
 from llmac.config.cards import Choice
 from llmac.config.loading import load_recipe
+from llmac.config.other_run import differences
 from llmac.config.schema import (
     ActorConfig,
     DataConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "RewardFunctionConfig",
     "RolloutConfig",
     "RunConfig",
+    "differences",
     "dump",
     "fingerprint",
     "load_recipe",

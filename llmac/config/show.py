@@ -38,6 +38,7 @@ MAY_CHANGE = frozenset(
         "model.gradient_checkpointing",
         "model.logprob_chunk_mb",
         "actor.max_tokens_per_microbatch",
+        "actor.packing",
         "rollout.gpu_memory_utilization",
         "rollout.kv_cache_mb",
         "rollout.enforce_eager",

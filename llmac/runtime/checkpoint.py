@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +63,7 @@ class CheckpointStore:
         runtime: Runtime,
         fingerprint: str,
         is_in_use: bool = False,
+        explain: Callable[[], str] = str,
     ) -> None:
         """Claim the directory for this run.
 
@@ -73,6 +74,7 @@ class CheckpointStore:
             fingerprint: of the configuration; checkpoints of another one are not touched.
             is_in_use: the run that claimed the directory has left something worth keeping beside it, even if
                 there is no checkpoint.
+            explain: says how this configuration differs from that of the folder, if anybody knows.
 
         Raises:
             CheckpointError: the directory cannot be written, holds something that is not ours, or
@@ -86,6 +88,7 @@ class CheckpointStore:
         self._runtime = runtime
         self._fingerprint = fingerprint
         self._is_in_use = is_in_use
+        self._explain = explain
         self._damaged: set[Path] = set()
         with self._together(f"cannot use {self._directory} for checkpoints"):
             if runtime.is_main:
@@ -174,8 +177,8 @@ class CheckpointStore:
             if found != self._fingerprint and (self._is_in_use or _steps_in(self._directory)):
                 raise CheckpointError(
                     f"{self._directory} belongs to a run of another configuration (fingerprint "
-                    f"{found}, this run's is {self._fingerprint}). Nothing was touched: choose "
-                    "another run.output, or go back to the configuration saved there"
+                    f"{found}, this run's is {self._fingerprint}){self._explain()}. Nothing was touched: "
+                    "choose another run.output, or go back to the configuration saved there"
                 )
         elif self._directory.exists() and set(self._directory.iterdir()) - {_aside(owner)}:
             raise CheckpointError(

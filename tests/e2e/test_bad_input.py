@@ -186,7 +186,8 @@ def test_a_run_directory_of_another_configuration_is_left_alone(settings, tmp_pa
             folder.rmdir()
     before = files_of(tmp_path / "run")
     settings["algorithm"]["group_size"] = 2
-    with pytest.raises(CheckpointError, match=r"another configuration.*another run\.output"):
+    differs = r"algorithm\.group_size is \d there and 2 here\. Nothing"
+    with pytest.raises(CheckpointError, match=f"another configuration.*{differs}.*another run"):
         train(load_recipe(settings))
     assert files_of(tmp_path / "run") == before
 
