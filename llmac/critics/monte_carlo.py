@@ -19,6 +19,7 @@ from llmac.core.continuations import PromptBudget, State, merged, standard_error
 from llmac.core.measures import Mean, Measure, Metrics, Sum
 from llmac.core.protocols import SamplingParams, Scorer
 from llmac.core.types import CriticTargets, Finish, Rollouts, Trajectory, Values
+from llmac.core.value_heads import OUTSIDE
 from llmac.critics.bench import CriticBench
 from llmac.critics.continuing import CountingScorer, continue_states
 from llmac.critics.refusals import refuse_infinite, refuse_range, refuse_unless
@@ -43,7 +44,7 @@ class MonteCarloConfig:
     max_continuations: int = 64
     """With `standard_error`: continuations of a state in all. Our choice."""
     reward_range: tuple[float, float] = (0.0, 1.0)
-    """Smallest and largest reward: for standard errors only."""
+    """Smallest and largest reward, for standard errors only; `critic/vf_target_clipfrac` counts rewards beyond."""
     tokens_per_prompt: int | None = None
     """Continuation tokens to spend on all states of a prompt together. Each state gets its first continuation, and
     further ones in turn while they are thought to fit, at the length that the prompt's own responses still had from
@@ -250,8 +251,11 @@ class MonteCarlo:
         tokens: Sequence[int],
     ) -> None:
         errors = [standard_error(_rewards(c), self._config.reward_range) for c in found]
+        low, high = self._config.reward_range
+        rewards = [reward for continuations in found for reward in _rewards(continuations)]
         self._metrics |= {
             "critic/continuations": Sum(float(sum(map(len, found)))),
+            OUTSIDE: Mean(float(sum(not low <= r <= high for r in rewards)), float(len(rewards))),
             "critic/standard_error": Mean(sum(errors), float(len(errors))),
         }
         if self._config.continuation_tokens is not None:

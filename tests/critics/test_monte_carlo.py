@@ -397,3 +397,13 @@ def test_what_values_cost_is_told_once_where_it_is_much(caplog):
     cheap, _ = live(continuations=1)
     asked(cheap, TWO)
     assert len(caplog.records) == 1
+
+
+def test_rewards_beyond_the_range_that_standard_errors_stand_on_are_counted():
+    critic, _ = live(continuations=4, reward=lambda tokens: 2.0 * (sum(tokens) % 2))
+    asked(critic, TWO)
+    said = measured(critic)
+    inside, _ = live(continuations=4, reward_range=(0.0, 2.0), reward=lambda tokens: 2.0)
+    asked(inside, TWO)
+    assert 0 < said["critic/vf_target_clipfrac"] < 1
+    assert measured(inside)["critic/vf_target_clipfrac"] == 0
