@@ -40,8 +40,13 @@ _SCHEMA: Mapping[str, pyarrow.DataType] = {
     "policy_version": pyarrow.int64(),
     "fresh_from": pyarrow.int64(),
     "value_span": pyarrow.list_(pyarrow.float64()),
+    "sibling_std": pyarrow.float64(),
+    "age": pyarrow.int64(),
     "monte_carlo": pyarrow.list_(pyarrow.float64()),
 }
+
+_LATER: Mapping[str, Any] = {"sibling_std": None, "age": 0}
+"""Columns that older files lack, and what their responses have there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +208,8 @@ def _row(trajectory: Trajectory, monte_carlo: Sequence[float | None] | None) -> 
         "policy_version": trajectory.policy_version,
         "fresh_from": trajectory.fresh_from,
         "value_span": trajectory.value_span,
+        "sibling_std": trajectory.sibling_std,
+        "age": trajectory.age,
         "monte_carlo": monte_carlo,
     }
 
@@ -227,6 +234,7 @@ def _trajectory(row: Mapping[str, Any], prompts: dict[tuple[Any, ...], Prompt]) 
         fresh_from=row["fresh_from"],
         policy_version=row["policy_version"],
         value_span=_optional_tuple(row["value_span"]),  # pyright: ignore[reportArgumentType]
+        **{name: row.get(name, value) for name, value in _LATER.items()},
     )
 
 
@@ -253,7 +261,7 @@ def _table(path: Path) -> tuple[pyarrow.Table, Mapping[str, Any]]:
             "one, with the token ids and rewards that training needs"
         )
     said = json.loads(description)
-    missing = [name for name in _SCHEMA if name not in table.column_names]
+    missing = [name for name in _SCHEMA if name not in {*table.column_names, *_LATER}]
     if said["format"] > FORMAT or missing:
         raise DataError(
             f"{path} has format {said['format']} and lacks the columns {missing}; this llmac reads format {FORMAT}. "

@@ -41,6 +41,8 @@ def full(**changes):
         "fresh_from": 1,
         "policy_version": 12,
         "value_span": (0.25, 0.5),
+        "sibling_std": 0.125,
+        "age": 2,
     }
     return Trajectory(**(fields | changes))
 
@@ -55,6 +57,13 @@ def test_every_field_of_a_response_comes_back_as_it_was(tmp_path):
     assert all(getattr(given, name) != default for name, default in defaults.items())
     write_rollouts(tmp_path / "a.parquet", [given])
     assert read_rollouts(tmp_path / "a.parquet") == [given]
+
+
+def test_a_file_from_before_there_were_trees_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_rollouts(path, [full(sibling_std=None, age=0)])
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop(["sibling_std", "age"]), path)
+    assert read_rollouts(path) == [full(sibling_std=None, age=0)]
 
 
 def test_responses_without_tokens_reward_or_ascii_text_keep_their_place(tmp_path):
