@@ -141,15 +141,6 @@ class Algorithm:
         return False
 
     @property
-    def averages_kl(self) -> bool:
-        """Whether the KL in the loss is averaged like the policy term.
-
-        False: `credit` fills `Credit.kl_weight` with what the KL of each token weighs against the
-        policy term, and nothing else reads it.
-        """
-        return True
-
-    @property
     def takes_offered_rows(self) -> bool:
         """Whether responses that a critic sampled on the way may be trained on beside the plan's.
 
@@ -252,7 +243,7 @@ class Algorithm:
             per_token = per_token * credit.importance
         if credit.likelihood is not None:
             per_token = per_token - credit.likelihood * logprobs
-        if credit.kl_weight is not None and self.averages_kl:
+        if credit.kl_weight is not None:
             reference = _reference(self, rollouts).masked_fill(~mask, 0.0)
             per_token = per_token + credit.kl_weight * kl_estimate(logprobs, reference, "k3+")
         total, weight = self._aggregate(per_token, rollouts, mask)
@@ -269,7 +260,7 @@ class Algorithm:
         if self.kl_coef and self.kl_placement == "loss":
             reference = _reference(self, rollouts).masked_fill(~mask, 0.0)
             kl = kl_estimate(logprobs, reference, self.kl_estimator)
-            weighed = kl if credit.kl_weight is None or self.averages_kl else kl * credit.kl_weight
+            weighed = kl if credit.kl_scale is None else kl * credit.kl_scale
             kl_total, _ = self._aggregate(weighed, rollouts, mask)
             total = total + self.kl_coef * kl_total
             metrics["actor/ref_kl"] = mean_over(kl, mask)

@@ -169,7 +169,7 @@ class DoubtfulTokens(ClippedPolicy):
             )
         )
         weight = (policy_weight / responses.clamp(min=1)).to(advantages.dtype)
-        return dataclasses.replace(credit, kl_weight=weight * mask)
+        return dataclasses.replace(credit, kl_scale=weight * mask)
 
     def surrogate(
         self,

@@ -215,8 +215,9 @@ class Credit:
     likelihood: Float[Tensor, "B T"] | None = None
     """Weight of -log π added to the loss of each token; None = 0 everywhere."""
     kl_weight: Float[Tensor, "B T"] | None = None
-    """Weight of the KL to the reference, as k3+, added to the loss of each token; None = 0. Of a card whose
-    `averages_kl` is False: what its own KL of each token weighs against the policy term."""
+    """Weight of the KL to the reference, as k3+, added to the loss of each token; None = 0."""
+    kl_scale: Float[Tensor, "B T"] | None = None
+    """What the card's own KL term (kl_coef) of each token weighs against the policy term; None = 1 everywhere."""
     critic_targets: CriticTargets | None = None
     """None: the critic learns nothing from this step."""
     metrics: Metrics = field(default_factory=dict[str, Measure])

@@ -5,18 +5,14 @@ Finished runs are lines of runs/benchmark/credit/results.jsonl and are not run a
 
 import argparse
 import itertools
-import json
-import shutil
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
 
 from credit_picture import draw
 from critics import chosen, short, spread, start_of
-from jobs import CHECKOUT, RUNS, run_job
+from jobs import CHECKOUT, RUNS
+from kept import Line, empty, finished, is_run, run_and_keep
 from pages import write_between
 from report import Cell, Report
 
@@ -56,17 +52,15 @@ REFERENCE = "GRPO"
 WATCHED = ["reward/mean", "rollout/tokens", "rollout/segments", "critic/branches"]
 """Metrics of each step that are kept with a result, to explain it."""
 
-Line = Mapping[str, Any]
-
 
 def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
     """One table a task, of all results there are. Seed by seed, so that an early end leaves comparable rows."""
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
             for setting in chosen(arguments.only, SETTINGS):
-                if not any(_is(line, task, setting, seed) for line in results()):
+                if not any(is_run(line, task, setting, seed) for line in finished(RESULTS)):
                     train(task, setting, seed, threads)
-    found = results()
+    found = finished(RESULTS)
     reports = [table(task, found) for task in TASKS if any(x["task"] == task for x in found)]
     if arguments.docs:
         draw({name: runs_of(name, found) for name in TASKS}, PICTURE)
@@ -74,19 +68,10 @@ def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
     return reports
 
 
-def results() -> list[dict[str, Any]]:
-    """Finished runs, in the order in which they ended."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
 def train(name: str, setting: str, seed: int, threads: int) -> None:
     """One run in a process of its own; its result becomes a line, its folder goes."""
     task, start = TASKS[name], start_of(name)
-    folder = FOLDER / f"{name}-{SETTINGS[setting]}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = empty(FOLDER / f"{name}-{SETTINGS[setting]}-{seed}")
     job = {
         "recipe": f"recipes/{name}_{SETTINGS[setting]}.yaml",
         "overrides": [
@@ -102,23 +87,8 @@ def train(name: str, setting: str, seed: int, threads: int) -> None:
         ],
         "watch": WATCHED,
     }
-    asked, answer = folder / "job.json", folder / "result.json"
-    asked.write_text(json.dumps(job))
-    run_job([sys.executable, "scripts/benchmarks/credit_job.py", asked, answer], threads)
-    line = {
-        "task": name,
-        "setting": setting,
-        "seed": seed,
-        "date": datetime.now(UTC).date().isoformat(),
-        **json.loads(answer.read_text()),
-    }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    shutil.rmtree(folder)
-
-
-def _is(line: Line, task: str, setting: str, seed: int) -> bool:
-    return (line["task"], line["setting"], line["seed"]) == (task, setting, seed)
+    run = {"task": name, "setting": setting, "seed": seed}
+    run_and_keep(RESULTS, folder, "credit_job.py", job, run=run, threads=threads)
 
 
 def runs_of(name: str, lines: Sequence[Line]) -> dict[str, list[list[dict[str, float]]]]:

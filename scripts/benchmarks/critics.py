@@ -4,17 +4,15 @@ Finished runs are lines of runs/benchmark/critics/results.jsonl and are not run 
 """
 
 import argparse
-import json
-import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jobs import CHECKOUT, RUNS, JobError, quickstart_start, run_job
+from kept import Line, empty, finished, is_run, run_and_keep
 from pages import write_between
 from report import Cell, Report
 
@@ -57,8 +55,6 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Name: recipe, overrides. In the order of the table."""
 
-Line = Mapping[str, Any]
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of this part, and of `credit`."""
@@ -86,29 +82,20 @@ def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
             for setting in chosen(arguments.only, SETTINGS):
-                if not any(_is(line, task, setting, seed) for line in results()):
+                if not any(is_run(line, task, setting, seed) for line in finished(RESULTS)):
                     train(task, setting, seed, threads)
-    found = results()
+    found = finished(RESULTS)
     reports = [table(task, found) for task in TASKS if any(x["task"] == task for x in found)]
     if arguments.docs:
         write_between(PAGE, MARKS, reports)
     return reports
 
 
-def results() -> list[dict[str, Any]]:
-    """Finished runs, in the order in which they ended."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
 def train(name: str, setting: str, seed: int, threads: int) -> None:
     """One run in a process of its own; its result becomes a line, its folder goes."""
     task, (method, overrides) = TASKS[name], SETTINGS[setting]
     start = start_of(name)
-    folder = FOLDER / f"{name}-{list(SETTINGS).index(setting)}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = empty(FOLDER / f"{name}-{list(SETTINGS).index(setting)}-{seed}")
     job = {
         "recipe": f"recipes/{task.recipe}_{method}.yaml",
         "overrides": [
@@ -126,19 +113,8 @@ def train(name: str, setting: str, seed: int, threads: int) -> None:
         "states": task.states,
         "rollouts": task.rollouts,
     }
-    asked, answer = folder / "job.json", folder / "result.json"
-    asked.write_text(json.dumps(job))
-    run_job([sys.executable, "scripts/benchmarks/critics_job.py", asked, answer], threads)
-    line = {
-        "task": name,
-        "setting": setting,
-        "seed": seed,
-        "date": datetime.now(UTC).date().isoformat(),
-        **json.loads(answer.read_text()),
-    }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    shutil.rmtree(folder)
+    run = {"task": name, "setting": setting, "seed": seed}
+    run_and_keep(RESULTS, folder, "critics_job.py", job, run=run, threads=threads)
 
 
 def start_of(name: str) -> Path:
@@ -150,10 +126,6 @@ def start_of(name: str) -> Path:
         run_job([sys.executable, f"recipes/{name}.py", start, "--seed", "0"], threads=1)
         made.touch()
     return start
-
-
-def _is(line: Line, task: str, setting: str, seed: int) -> bool:
-    return (line["task"], line["setting"], line["seed"]) == (task, setting, seed)
 
 
 def table(name: str, lines: Sequence[Line]) -> Report:

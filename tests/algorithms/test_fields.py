@@ -134,6 +134,7 @@ def everything_about(algorithm: Algorithm) -> list:
         torch.ones(1) if credit.importance is None else credit.importance,
         torch.zeros(1) if credit.likelihood is None else credit.likelihood,
         torch.zeros(1) if credit.kl_weight is None else credit.kl_weight,
+        torch.zeros(1) if credit.kl_scale is None else credit.kl_scale,
         loss.total,
         loss.weight,
         gradient,

@@ -177,7 +177,7 @@ def test_the_kl_may_be_averaged_like_the_policy_term(rollouts):
     fields = {"kl_coef": 0.5, "kl_aggregation": "like_policy"}
     with_kl, without = card("spo_chain", **fields), card("spo_chain", kl_coef=0.0)
     credit = with_kl.credit(rollouts, values)
-    assert credit.kl_weight is None
+    assert credit.kl_scale is None
     loss, plain = (a.policy_loss(logprobs, rollouts, credit) for a in (with_kl, without))
     k3 = kl_estimate(logprobs, rollouts.ref_logprobs, "k3")[credit.policy_mask]
     assert torch.allclose((loss.total - plain.total) / loss.weight, 0.5 * k3.mean())

@@ -144,7 +144,7 @@ def test_a_row_without_own_tokens_changes_nothing(fields, leaf):
     credit, rollouts, _ = credited([*two_levels(), nothing], **fields)
     assert not credit.policy_mask[-1].any()
     assert torch.equal(credit.advantages, torch.cat([without.advantages, torch.zeros(1, 5)]))
-    assert torch.equal(credit.kl_weight[:-1], without.kl_weight)
+    assert torch.equal(credit.kl_scale[:-1], without.kl_scale)
     logprobs = moved(rollouts)
     ours = algorithm.policy_loss(logprobs, rollouts, credit)
     theirs = algorithm.policy_loss(logprobs[:6], alone, without)
