@@ -103,11 +103,11 @@ class Actor:
         metrics: dict[str, Measure] = {}
         for epoch in range(self._epochs):
             parts = minibatches(rollouts, credit, self._minibatches)
-            for number, (part, part_credit) in enumerate(parts):
-                metrics = combine(
-                    metrics,
-                    self._step(part, part_credit, algorithm, on_policy=epoch == 0 and number == 0),
-                )
+            for number, (part, known) in enumerate(parts):
+                first = epoch == 0 and number == 0
+                if algorithm.refreshes_credit and not first:
+                    known = algorithm.refreshed(known, part, self._logprobs(part))
+                metrics = combine(metrics, self._step(part, known, algorithm, on_policy=first))
         return metrics
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -202,7 +202,7 @@ class Actor:
         with reference.frozen_adapter():
             return self._logprobs(batch, reference.policy)
 
-    def _logprobs(self, batch: Batch, other: nn.Module | None = None) -> Tensor:
+    def _logprobs(self, batch: Batch | Rollouts, other: nn.Module | None = None) -> Tensor:
         """Of the trained policy, or of the `other`."""
         micro = list(self._packing.packed(batch.trajectories))
         result = torch.zeros(batch.response_ids.shape)

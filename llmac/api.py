@@ -102,7 +102,7 @@ def run(recipe: Recipe, *, rows: Any = None, held_out_rows: Any = None) -> Resul
                 parts.phases.close,
                 parts.score.close,
                 parts.log.close,
-                parts.engine.close,
+                parts.engines.close,
             ):
                 cleanup.callback(close)
             run_loop(recipe.run, parts)

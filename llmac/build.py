@@ -2,16 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from llmac.actor import Actor, Reference
+from llmac.actor import Actor
 from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
 from llmac.config import Recipe, differences, dump, fingerprint, plain
@@ -20,36 +19,32 @@ from llmac.console import Console, show_log_records
 from llmac.core.protocols import (
     AsksPromptValues,
     Critic,
-    Decode,
+    NeedsPartner,
     NeedsRollouts,
+    Player,
     PromptCritic,
     ReadsText,
     Resendable,
-    RolloutEngine,
     SamplingParams,
     Stateful,
+    WritesPrompts,
 )
 from llmac.core.stored import share_of
 from llmac.core.types import Prompt
-from llmac.critics.bench import CriticBench
+from llmac.critics.bench import CriticBench, PolicyOrder, TrainedPolicy
 from llmac.data.prompts import PromptStream, load_prompts
 from llmac.engines.probe import LOW_PRECISION_TOLERANCE, PROBE_TOKENS, TOLERANCE
 from llmac.errors import ConfigError, DataError
 from llmac.loop import HeldOut, Parts, check_resume
 from llmac.metrics import METRICS_FILE, MetricLog, read_metrics
 from llmac.models.loading import (
-    LanguageModel,
-    add_lora,
     check_vocabulary,
     context_length,
-    load_causal_lm,
     load_tokenizer,
     pad_token_id,
-    torch_dtype,
-    train_in_full_mode,
 )
-from llmac.models.packing import Packing
-from llmac.models.policy import TokenPolicy
+from llmac.new_actor import model_named, new_actor, order_of
+from llmac.new_engine import Engines
 from llmac.pretraining.file import rollouts_in
 from llmac.rewards.contracts import RewardSpec
 from llmac.rewards.loader import resolve
@@ -57,7 +52,6 @@ from llmac.rewards.reward_model import RewardModel
 from llmac.rewards.scoring import Rewards
 from llmac.runtime.checkpoint import CheckpointStore, RandomState, Remembered, Saveable
 from llmac.runtime.context import Runtime
-from llmac.runtime.learner import Learner, Optimization
 from llmac.runtime.phases import Phases
 from llmac.schedule import PolicySchedule
 
@@ -109,18 +103,15 @@ def build(
     if isinstance(plan, NeedsRollouts):
         _hand_over(plan, recipe, runtime)
 
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
-    if isinstance(plan, ReadsText):
-        plan.decode = decode
-    engine = _engine(
-        recipe, tokenizer, runtime, longest=_longest(recipe, runtime, prompts, held_out)
-    )
+    engines = Engines(recipe, runtime)
     try:
-        actor, critic = _learners(recipe, algorithm, runtime, engine, rewards, pad_id, decode)
+        longest = _longest(recipe, runtime, prompts, held_out)
+        own_words = isinstance(plan, WritesPrompts)
+        player = engines.of_policy(tokenizer, longest=None if own_words else longest)
+        _introduce(plan, player, engines, recipe)
+        actor, critic = _learners(recipe, runtime, engines, player, rewards, pad_id)
     except BaseException:
-        engine.close()  # nobody else knows of it yet, and it may be processes of its own
+        engines.close()  # nobody else knows of them yet, and they may be processes of their own
         raise
     console = Console(recipe.run.steps) if runtime.is_main else None
     if console is not None:
@@ -157,11 +148,12 @@ def build(
         schedule=schedule,
         actor=actor,
         critic=critic,
-        engine=engine,
+        engine=player.engine,
+        engines=engines,
         plan=plan,
         prompts=stream,
         score=rewards,
-        decode=decode,
+        decode=player.decode,
         held_out=held_out,
         runtime=runtime,
         phases=Phases(runtime.rank, recipe.run.watchdog_seconds),
@@ -199,6 +191,16 @@ def _hand_over(plan: NeedsRollouts, recipe: Recipe, runtime: Runtime) -> None:
         plan.stored = share_of(stored, rank=runtime.rank, world_size=runtime.world_size)
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def _introduce(plan: object, player: Player, engines: Engines, recipe: Recipe) -> None:
+    """Make those known to a plan that it speaks to."""
+    if isinstance(plan, ReadsText):
+        plan.decode = player.decode
+    if isinstance(plan, WritesPrompts):
+        plan.player = player
+    if isinstance(plan, NeedsPartner):
+        plan.partner = engines.of_other(model_named(recipe.model, plan.partner_model))
 
 
 def _schedule(recipe: Recipe) -> PolicySchedule:
@@ -315,18 +317,24 @@ def _held_out(
 
 def _learners(
     recipe: Recipe,
-    algorithm: Algorithm,
     runtime: Runtime,
-    engine: RolloutEngine,
+    engines: Engines,
+    player: Player,
     rewards: Rewards,
     pad_id: int,
-    decode: Decode,
 ) -> tuple[Actor, Critic | None]:
-    """Who learns, beside an engine that sleeps meanwhile."""
-    compute_dtype = torch.bfloat16 if recipe.model.compute_dtype else None
-    actor, policy = _actor(recipe, algorithm, runtime, pad_id, engine.sleep, compute_dtype)
+    """Who learns, beside engines that sleep meanwhile."""
+    actor, policy = new_actor(
+        order_of(recipe), recipe, runtime, pad_id=pad_id, before_learning=engines.sleep
+    )
+    engine = player.engine
     if isinstance(engine, Resendable):
         engine.resend = actor.weights
+
+    def new_policy(order: PolicyOrder) -> TrainedPolicy:
+        pad = pad_token_id(load_tokenizer(order.model))
+        return new_actor(order, recipe, runtime, pad_id=pad, before_learning=engines.sleep)[0]
+
     bench = CriticBench(
         runtime=runtime,
         model=recipe.model,
@@ -334,84 +342,25 @@ def _learners(
         policy_states=actor.hidden,
         prompt_states=partial(actor.hidden, beside_engine=True),
         engine=engine,
+        player=player,
+        new_player=lambda name, longest: engines.of_other(
+            model_named(recipe.model, name), longest=longest
+        ),
+        new_policy=new_policy,
+        model_named=partial(model_named, recipe.model),
         score=rewards,
         sampling=sampling_of(recipe),
-        decode=decode,
+        decode=player.decode,
         seed=recipe.run.seed,
         pad_id=pad_id,
         packing=recipe.actor.packing,
         minibatches=recipe.actor.minibatches,
         max_tokens_per_microbatch=recipe.actor.max_tokens_per_microbatch,
         steps=recipe.run.steps,
-        compute_dtype=compute_dtype,
-        before_learning=engine.sleep,
+        compute_dtype=torch.bfloat16 if recipe.model.compute_dtype else None,
+        before_learning=engines.sleep,
     )
     return actor, recipe.critic.settings.build(bench) if recipe.critic else None
-
-
-def _actor(
-    recipe: Recipe,
-    algorithm: Algorithm,
-    runtime: Runtime,
-    pad_id: int,
-    before_learning: Callable[[], None],
-    compute_dtype: torch.dtype | None,
-) -> tuple[Actor, TokenPolicy]:
-    spec, settings = recipe.model, recipe.actor
-
-    def as_policy(model: LanguageModel) -> TokenPolicy:
-        return TokenPolicy(
-            model, temperature=recipe.rollout.temperature, chunk_mb=spec.logprob_chunk_mb
-        )
-
-    with runtime.loading(torch_dtype(spec)):
-        base = load_causal_lm(spec)
-    model = base if spec.lora is None else add_lora(base, spec.lora)
-    train_in_full_mode(model, gradient_checkpointing=spec.gradient_checkpointing)
-    policy = as_policy(model)
-    packing = Packing(
-        kind=settings.packing, max_tokens=settings.max_tokens_per_microbatch, pad_id=pad_id
-    )
-    frozen: LanguageModel | None = None
-    reference: Reference | None = None
-    if algorithm.uses_reference and isinstance(model, PeftModel) and spec.reference is None:
-        reference = Reference(None, model.disable_adapter)
-    elif algorithm.uses_reference:
-        with runtime.loading(torch_dtype(spec)):
-            frozen = load_causal_lm(spec, spec.reference)
-    readers = [model] if frozen is None else [model, frozen]
-    packing = packing.fitting(*readers, device=runtime.device)  # before they are in shards
-    if frozen is not None:
-        reference = Reference(runtime.freeze(as_policy(frozen), compute_dtype=compute_dtype))
-    learning_steps = (recipe.run.steps - recipe.run.critic_warmup_steps) // recipe.run.policy_every
-    if learning_steps <= 0:
-        logger.warning(
-            "run.critic_warmup_steps is %d and run.steps is %d: the policy does not learn in this run",
-            recipe.run.critic_warmup_steps,
-            recipe.run.steps,
-        )
-    learner = Learner(
-        policy,
-        Optimization.of(settings),
-        runtime,
-        name="actor",
-        total_steps=learning_steps * settings.epochs * settings.minibatches,
-        compute_dtype=compute_dtype,
-        before_learning=before_learning,
-    )
-    actor = Actor(
-        policy,
-        learner,
-        runtime,
-        reference=reference,
-        packing=packing,
-        epochs=settings.epochs,
-        minibatches=settings.minibatches,
-        ratio_tolerance=recipe.run.ratio_tolerance,
-        sync_bucket_bytes=recipe.rollout.sync_bucket_mb << 20,
-        engine_dtype=_engine_dtype(recipe),
-    )
-    return actor, policy
 
 
 def _probe_tolerance(recipe: Recipe) -> float:
@@ -430,61 +379,3 @@ def _longest(
         longest = max(longest, *asked, 0)
     probe = len(_probe_prompt(recipe, prompts)) + PROBE_TOKENS
     return int(runtime.max(max(longest, probe)))
-
-
-def _engine_dtype(recipe: Recipe) -> torch.dtype:
-    """What the engine computes in: the trainer's precision, unless the recipe wants vLLM in another."""
-    spec, rollout = recipe.model, recipe.rollout
-    trainer = spec.compute_dtype or spec.dtype
-    name = trainer if rollout.engine == "hf" or rollout.dtype == "auto" else rollout.dtype
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _engine(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, runtime: Runtime, *, longest: int
-) -> RolloutEngine:
-    spec, rollout = recipe.model, recipe.rollout
-    if rollout.engine == "hf":
-        from llmac.engines.hf_engine import HFEngine
-
-        # In the precision the trainer computes in: the sampler should be the policy, not a better-rounded one.
-        model = load_causal_lm(spec, dtype=_engine_dtype(recipe))
-        torch.nn.Module.to(model, runtime.device)
-        return HFEngine(model, tokenizer, max_batch_rows=rollout.max_num_seqs)
-    shared: dict[str, Any] = {  # keyword arguments of both, whose types vary
-        "max_num_seqs": rollout.max_num_seqs,
-        "trust_remote_code": spec.trust_remote_code,
-        "revision": spec.revision,
-    }
-    if rollout.engine == "vllm_server":
-        from llmac.engines.vllm_server import VLLMServerEngine
-        from llmac.serve import local_servers, sender_of
-
-        trainers = runtime.local_world_size
-        return VLLMServerEngine(
-            spec.name,
-            tokenizer,
-            runtime,
-            sender=lambda: sender_of(recipe),
-            servers=rollout.servers,
-            launch=lambda: local_servers(
-                recipe, Path(recipe.run.output), first_gpu=trainers, longest=longest
-            ),
-            request_timeout_seconds=rollout.request_timeout_seconds,
-            **shared,
-        )
-    from llmac.engines.vllm_engine import VLLMEngine
-
-    return VLLMEngine(
-        spec.name,
-        tokenizer,
-        dtype=str(_engine_dtype(recipe)).removeprefix("torch."),
-        # Room for what can come, not for the whole context of the architecture.
-        max_model_len=rollout.max_model_len or longest,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        kv_cache_mb=rollout.kv_cache_mb,
-        enforce_eager=rollout.enforce_eager,
-        tensor_parallel_size=rollout.tensor_parallel_size,
-        sleep_level=rollout.sleep_level,
-        **shared,
-    )

@@ -77,6 +77,14 @@ class Run(Protocol):
     def resume(self) -> Literal["auto", "never", "must"]: ...
 
 
+class Closable(Protocol):
+    """Ends with the run."""
+
+    def close(self) -> None:
+        """Release everything. Safe to call twice."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """Everything live that a run is made of. `build.build` makes one from a recipe."""
@@ -88,6 +96,9 @@ class Parts:
     actor: Actor
     critic: Critic | None
     engine: RolloutEngine
+    """Has the policy."""
+    engines: Closable
+    """That one, and those of other models."""
     plan: RolloutPlan
     prompts: PromptStream
     score: Rewards

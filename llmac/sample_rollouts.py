@@ -77,7 +77,7 @@ def sample_rollouts(recipe: Recipe, path: Path, *, responses: int, rows: Any = N
         if runtime.world_size > 1:
             raise ConfigError("llmac rollouts is one process; start it without a launcher")
         parts = build(_without_learning(recipe, aside), runtime, rows=rows)
-        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engine.close):
+        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engines.close):
             cleanup.callback(close)
         return _sample(recipe, parts, path, responses)
 

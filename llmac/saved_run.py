@@ -98,7 +98,7 @@ def opened(run: SavedRun, *, critic: Choice | None, seed: int) -> Iterator[Parts
         if runtime.world_size > 1:
             raise ConfigError("looking at a saved run is one process; start it without a launcher")
         parts = build(_to_look_at(run, critic, aside, seed), runtime)
-        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engine.close):
+        for close in (parts.phases.close, parts.score.close, parts.log.close, parts.engines.close):
             cleanup.callback(close)
         if run.weights is not None and not run.is_final:
             roles: dict[str, Saveable] = {"policy": parts.actor}

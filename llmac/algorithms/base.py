@@ -161,6 +161,17 @@ class Algorithm:
         """Whether `policy_loss` must be given an entropy that carries a gradient."""
         return self.entropy_coef > 0
 
+    @property
+    def refreshes_credit(self) -> bool:
+        """Whether credit follows the policy: `refreshed` is called before later optimizer steps."""
+        return False
+
+    def refreshed(
+        self, credit: Credit, rollouts: Rollouts, logprobs: Float[Tensor, "B T"]
+    ) -> Credit:
+        """Credit of these rows, whole groups, when their tokens have these log-probabilities."""
+        return credit
+
     def plan(self, *, prompts_per_step: int, sampling: SamplingParams) -> RolloutPlan:
         """How responses are made: `group_size` samples for each of this rank's prompts."""
         return Flat(

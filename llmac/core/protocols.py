@@ -12,6 +12,7 @@ from llmac.core.types import (
     AllSum,
     CriticTargets,
     Finish,
+    Messages,
     Prompt,
     Rollouts,
     Trajectory,
@@ -21,6 +22,10 @@ from llmac.core.types import (
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens included."""
+
+Encode = Callable[[str | Messages], tuple[int, ...]]
+"""A prompt that somebody wrote, text or chat messages, to what an engine continues. Messages go through the chat
+template; where the last one is the assistant's, it is gone on with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,18 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release everything. Safe to call twice."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Player:
+    """A language model that is spoken to in words: who samples, and the way from text to token ids and back."""
+
+    engine: RolloutEngine
+    encode: Encode
+    decode: Decode
+    """Special tokens included."""
+    read: Decode
+    """Without special tokens: what is shown to another model, or to a reward function."""
 
 
 @runtime_checkable
@@ -238,6 +255,29 @@ class ReadsText(Protocol):
     """A plan that must read what was sampled. `build` sets the attribute."""
 
     decode: Decode | None
+
+
+@runtime_checkable
+class WritesPrompts(Protocol):
+    """A plan that asks the policy about texts which are no row of the data, such as a critique of its own answer.
+
+    `build` sets the attribute, and makes the policy's engine with room for its whole context.
+    """
+
+    player: Player | None
+    """The trained policy."""
+
+
+@runtime_checkable
+class NeedsPartner(Protocol):
+    """A plan in which a second language model takes part that does not learn. `build` sets `partner`."""
+
+    @property
+    def partner_model(self) -> str:
+        """Hub id or folder."""
+        ...
+
+    partner: Player | None
 
 
 @runtime_checkable

@@ -1,18 +1,82 @@
 """What a critic is built from: the parts of a run it may use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
-from llmac.core.protocols import Critic, Decode, RolloutEngine, SamplingParams, Scorer
+from llmac.algorithms.base import Algorithm
+from llmac.core.measures import Measure
+from llmac.core.protocols import Critic, Decode, Player, RolloutEngine, SamplingParams, Scorer
+from llmac.core.types import Batch, Credit, Rollouts
 from llmac.models.loading import LanguageModel, ModelSpec
 from llmac.models.packing import Kind, Packing
 from llmac.models.policy import TokenPolicy
 from llmac.models.value_model import HiddenStates
 from llmac.runtime.context import Runtime
+from llmac.runtime.learner import Optimization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOrder:
+    """A language model to be trained, and how it learns."""
+
+    name: str
+    """Prefix of the metrics of its optimizer: actor, critic."""
+    model: ModelSpec
+    optimization: Optimization
+    epochs: int
+    """Passes over what it is given at a time."""
+    minibatches: int
+    """Optimizer steps a pass."""
+    max_tokens_per_microbatch: int
+    packing: Kind
+    temperature: float
+    """What its engine divides logits by."""
+    optimizer_steps: int
+    """Of the whole run: the end of the learning rate's schedule."""
+    uses_reference: bool = False
+    """Whether a reference policy is kept."""
+    reference: str | None = None
+    """Hub id or folder of it; None: the model as it starts."""
+
+
+class TrainedPolicy(Protocol):
+    """A language model that learns, whole or in shards: what `llmac.actor.Actor` can do."""
+
+    @property
+    def model(self) -> LanguageModel:
+        """As transformers knows it, peft wrapper included."""
+        ...
+
+    def annotate(self, batch: Batch, *, reference: bool) -> Rollouts:
+        """The batch with log-probabilities as they are now. Collective."""
+        ...
+
+    def update(
+        self, rollouts: Rollouts, credit: Credit, algorithm: Algorithm
+    ) -> dict[str, Measure]:
+        """Learn. Collective; metrics begin with `actor/`, those of the optimizer with the order's name."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """For an engine. Collective, to its end."""
+        ...
+
+    def logprobs_of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """At temperature 1, for checking an engine against it. Collective."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """What a checkpoint keeps."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Continue from a checkpoint."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +95,15 @@ class CriticBench:
     `policy_states`."""
     engine: RolloutEngine
     """For critics that sample continuations."""
+    player: Player | None = None
+    """The same engine with the policy's words; None: nothing can be sampled."""
+    new_player: Callable[[str, int | None], Player] | None = None
+    """An engine of its own for another model: Hub id or folder, and longest prompt and response together in tokens
+    (None: whatever the model can take). None: nothing can be sampled."""
+    new_policy: Callable[[PolicyOrder], TrainedPolicy] | None = None
+    """A language model that learns beside the policy; None: there is no room for one."""
+    model_named: Callable[[str], ModelSpec] | None = None
+    """The recipe's `model` section for another model: its own tokenizer, no adapters."""
     score: Scorer
     """For critics that ask for rewards."""
     sampling: SamplingParams | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmac.core.types import Messages, Prompt
 from llmac.data.tables import Row, read_table, rows_of
+from llmac.data.tokenizing import tokenize
 from llmac.errors import CheckpointError, ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:  # `config` is a room above this one
@@ -99,7 +100,7 @@ def load_prompts(
     read = _prompt_reader(config, table, mapping, source)
     ids = _row_ids(table, source)
     sources = [_checked(read(row), id_) for row, id_ in zip(table, ids, strict=True)]
-    token_ids = _tokenize(sources, ids, config, tokenizer)
+    token_ids = tokenize(sources, ids, config, tokenizer)
     limit = _length_limit(config, model_max_tokens, max_new_tokens)
     columns = tuple(dict.fromkeys(name for row in table for name in row if name != "prompt"))
     prompts, too_long = [], 0
@@ -407,89 +408,6 @@ def _checked(value: Any, id_: str) -> str | Messages:
     raise DataError(
         f"the prompt of {id_} is {what}; expected a string or a list of messages with role and content"
     )
-
-
-def _tokenize(
-    sources: Sequence[str | Messages],
-    ids: Sequence[str],
-    config: "DataConfig",
-    tokenizer: "PreTrainedTokenizerBase",
-) -> list[tuple[int, ...]]:
-    if config.chat == "never" and config.system is not None:
-        raise ConfigError(
-            "data.system needs a chat template, and data.chat is never; remove one of them"
-        )
-    plain: dict[int, str] = {}
-    chats: dict[int, str] = {}
-    for index, seen in enumerate(sources):
-        is_text = isinstance(seen, str)
-        if is_text and (
-            config.chat == "never" or (config.chat == "auto" and config.system is None)
-        ):
-            plain[index] = seen
-        else:
-            messages = [{"role": "user", "content": seen}] if is_text else seen
-            chats[index] = _chat(messages, ids[index], config, tokenizer)
-    token_ids: list[tuple[int, ...]] = [()] * len(sources)
-    for texts, is_chat in ((plain, False), (chats, True)):
-        if texts:
-            # A chat template writes its own special tokens.
-            encoded = tokenizer(list(texts.values()), add_special_tokens=not is_chat)["input_ids"]
-            for (index, text), tokens in zip(texts.items(), encoded, strict=True):
-                token_ids[index] = _open_ended(tuple(tokens), text, tokenizer)
-    for id_, tokens in zip(ids, token_ids, strict=True):
-        if not tokens:
-            raise DataError(f"the prompt of {id_} has no tokens; there is nothing to continue")
-    return token_ids
-
-
-def _chat(
-    messages: Messages, id_: str, config: "DataConfig", tokenizer: "PreTrainedTokenizerBase"
-) -> str:
-    if config.chat == "never":
-        raise ConfigError(
-            f"the prompt of {id_} is a list of chat messages, and data.chat is never. Set it to auto, or name a "
-            "column with strings."
-        )
-    if tokenizer.chat_template is None:
-        reason = (
-            "data.chat is always"
-            if config.chat == "always"
-            else "data.system is set"
-            if config.system is not None
-            else f"the prompt of {id_} is a list of chat messages"
-        )
-        raise ConfigError(
-            f"{reason}, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer "
-            "(model.tokenizer), or string prompts with data.chat: never."
-        )
-    if config.system is not None:
-        if messages[0]["role"] == "system":
-            raise DataError(
-                f"the prompt of {id_} has a system message of its own, and data.system is set; remove one"
-            )
-        messages = [{"role": "system", "content": config.system}, *messages]
-    begun = (
-        messages[-1]["role"] == "assistant"
-    )  # the policy goes on with what the assistant has begun to say
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=not begun,
-        continue_final_message=begun,
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def _open_ended(
-    tokens: tuple[int, ...], text: str, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[int, ...]:
-    """Without the end-of-sequence token that some tokenizers append: the policy is to go on."""
-    end = tokenizer.eos_token_id
-    if tokens and tokens[-1] == end and not text.endswith(str(tokenizer.eos_token)):
-        return tokens[:-1]
-    return tokens
 
 
 def _columns(table: Sequence[Row]) -> list[str]:

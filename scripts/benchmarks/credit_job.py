@@ -51,7 +51,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         runtime = Runtime.create(seed=recipe.run.seed, output=output)
         cleanup.callback(runtime.close)
         parts = dataclasses.replace(build(recipe, runtime), phases=ClockedPhases())
-        for close in (parts.score.close, parts.log.close, parts.engine.close):
+        for close in (parts.score.close, parts.log.close, parts.engines.close):
             cleanup.callback(close)
         run_loop(recipe.run, parts)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -93,7 +93,7 @@ def alive():
         def make(recipe):
             runtime = Runtime.create(seed=0, output=Path(recipe.run.output))
             parts = build(recipe, runtime)
-            for part in (runtime, parts.engine, parts.log, parts.score, parts.phases):
+            for part in (runtime, parts.engines, parts.log, parts.score, parts.phases):
                 cleanup.callback(part.close)
             return parts
 
