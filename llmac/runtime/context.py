@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,9 @@ from llmac.runtime.zero import Zero
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LAST_TENSORS_SECONDS = 0.25
+"""Pause before the interpreter of one rank of several ends."""
 
 
 class Runtime:
@@ -377,6 +381,9 @@ def _leave() -> None:
     if distributed.is_initialized():
         with contextlib.suppress(AssertionError, RuntimeError, ValueError):
             distributed.destroy_process_group()
+    # gloo's threads let go of the tensors of the last collectives a moment after these are over, and need Python's
+    # lock for it. One that first gets to ask for it while the interpreter ends aborts the process.
+    time.sleep(LAST_TENSORS_SECONDS)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
