@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from llmac.config import Recipe
 from llmac.core.protocols import Player, RolloutEngine
 from llmac.data.tokenizing import encoder
+from llmac.engines.readiness import SleepLevel
 from llmac.errors import ConfigError
 from llmac.models.loading import ModelSpec, load_causal_lm, load_tokenizer
 from llmac.runtime.context import Runtime
@@ -29,14 +30,13 @@ class Engines:
             tokenizer: the policy's.
             longest: tokens of a prompt and its response together; None: whatever the model can take.
         """
-        engine = _engine(
-            self._recipe, self._recipe.model, tokenizer, self._runtime, longest=longest
-        )
-        self._all.append(engine)
-        return speaking(engine, tokenizer)
+        level = self._recipe.rollout.sleep_level
+        return self._added(self._recipe.model, tokenizer, longest=longest, sleep_level=level)
 
     def of_other(self, model: ModelSpec, *, longest: int | None = None) -> Player:
         """Another model's, with settings of the recipe's `rollout` section.
+
+        In vLLM it never sleeps: the allocator that can serves one engine a process, and that is the policy's.
 
         Args:
             model: which; its tokenizer is its own.
@@ -51,9 +51,7 @@ class Engines:
                 "have the policy; set rollout.engine: vllm or hf"
             )
         tokenizer = load_tokenizer(model)
-        engine = _engine(self._recipe, model, tokenizer, self._runtime, longest=longest)
-        self._all.append(engine)
-        return speaking(engine, tokenizer)
+        return self._added(model, tokenizer, longest=longest, sleep_level=0)
 
     def sleep(self) -> None:
         """Free accelerator memory until somebody is asked."""
@@ -64,6 +62,20 @@ class Engines:
         """Release everything. Safe to call twice."""
         for engine in self._all:
             engine.close()
+
+    def _added(
+        self,
+        model: ModelSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        longest: int | None,
+        sleep_level: SleepLevel,
+    ) -> Player:
+        engine = _engine(
+            self._recipe, model, tokenizer, self._runtime, longest=longest, sleep_level=sleep_level
+        )
+        self._all.append(engine)
+        return speaking(engine, tokenizer)
 
 
 def speaking(engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase) -> Player:
@@ -91,6 +103,7 @@ def _engine(
     runtime: Runtime,
     *,
     longest: int | None,
+    sleep_level: SleepLevel,
 ) -> RolloutEngine:
     rollout = recipe.rollout
     if rollout.engine == "hf":
@@ -134,6 +147,6 @@ def _engine(
         kv_cache_mb=rollout.kv_cache_mb,
         enforce_eager=rollout.enforce_eager,
         tensor_parallel_size=rollout.tensor_parallel_size,
-        sleep_level=rollout.sleep_level,
+        sleep_level=sleep_level,
         **shared,
     )

@@ -24,9 +24,9 @@ def reward(prompt, response, wanted):
 '''
 
 
-def character_tokenizer():
+def character_tokenizer(letters="abcdef="):
     """One token a character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"abcdef="])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
