@@ -19,6 +19,7 @@ from llmac.console import Console, show_log_records
 from llmac.core.protocols import (
     AsksPromptValues,
     Critic,
+    NeedsDemonstrations,
     NeedsPartner,
     NeedsRollouts,
     Player,
@@ -32,6 +33,7 @@ from llmac.core.protocols import (
 from llmac.core.stored import share_of
 from llmac.core.types import Prompt
 from llmac.critics.bench import CriticBench, PolicyOrder, TrainedPolicy
+from llmac.data.demonstrations import demonstrations_in
 from llmac.data.prompts import PromptStream, load_prompts
 from llmac.engines.probe import LOW_PRECISION_TOLERANCE, PROBE_TOKENS, TOLERANCE
 from llmac.errors import ConfigError, DataError
@@ -91,15 +93,18 @@ def build(
     pad_id = pad_token_id(tokenizer)
     prompts = _prompts(recipe.data, recipe, tokenizer, rows, recipe.rollout.max_new_tokens)
     rewards = _rewards(recipe, runtime, tokenizer)
-    rewards.check_columns(prompts[0].columns.keys())
+    algorithm: Algorithm = recipe.algorithm.settings
+    plan = algorithm.plan(prompts_per_step=share, sampling=sampling_of(recipe))
+    if isinstance(plan, NeedsDemonstrations):
+        prompts = _demonstrated(plan, prompts, recipe, tokenizer)  # which are never scored
+    else:
+        rewards.check_columns(prompts[0].columns.keys())
     held_out = _held_out(recipe, runtime, tokenizer, held_out_rows, rewards)
     if runtime.is_main:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(dump(recipe))
     runtime.start_trackers(recipe.run.trackers, recipe.run.project, plain(recipe))
 
-    algorithm: Algorithm = recipe.algorithm.settings
-    plan = algorithm.plan(prompts_per_step=share, sampling=sampling_of(recipe))
     if isinstance(plan, NeedsRollouts):
         _hand_over(plan, recipe, runtime)
 
@@ -188,9 +193,35 @@ def _hand_over(plan: NeedsRollouts, recipe: Recipe, runtime: Runtime) -> None:
     stored = rollouts_in(Path(plan.path), recipe).trajectories
     plan.seed = recipe.run.seed
     try:
-        plan.stored = share_of(stored, rank=runtime.rank, world_size=runtime.world_size)
+        plan.stored = share_of(
+            stored,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            keep_above=plan.keep_above,
+        )
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def _demonstrated(
+    plan: NeedsDemonstrations,
+    prompts: list[Prompt],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Prompt]:
+    """Hand over what to say to the prompts; those that are left of them."""
+    shown = demonstrations_in(
+        prompts,
+        recipe.data,
+        tokenizer,
+        column=plan.column,
+        append_end=plan.append_end,
+        max_tokens=recipe.rollout.max_new_tokens,
+    )
+    plan.completions = shown.completions
+    check_vocabulary(recipe.model, max(max(c.token_ids) for c in shown.completions.values()))
+    logger.info("%s", shown.line())
+    return shown.prompts
 
 
 def _introduce(plan: object, player: Player, engines: Engines, recipe: Recipe) -> None:

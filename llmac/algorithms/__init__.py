@@ -19,6 +19,7 @@ ALGORITHMS: dict[str, str] = {
     "spo_chain": "llmac.algorithms.spo_chain:SPOChain",
     "spo_tree": "llmac.algorithms.spo_tree:SPOTree",
     "safe": "llmac.algorithms.safe:SAFE",
+    "sft": "llmac.algorithms.sft:SFT",
     "dapo_step": "llmac.algorithms.dapo_step:DAPOStep",
     "grpo": "llmac.algorithms.grpo:GRPO",
     "dr_grpo": "llmac.algorithms.dr_grpo:DrGRPO",

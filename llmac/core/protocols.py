@@ -1,6 +1,6 @@
 """The doors between rooms: what an engine, a plan, a prompt source and a critic must be able to do."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,6 +68,15 @@ class Completion:
     finish: Finish
     policy_version: int = 0
     """Number of `load_weights` calls the engine had completed when it sampled this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """One completion that somebody wrote."""
+
+    token_ids: tuple[int, ...]
+    """With the end-of-sequence token, unless it was not wanted."""
+    text: str
 
 
 @runtime_checkable
@@ -294,11 +303,25 @@ class Stateful(Protocol):
 
 
 @runtime_checkable
+class NeedsDemonstrations(Protocol):
+    """A plan that learns from completions in the data. `build` reads them all before a model is loaded."""
+
+    column: str
+    """With the completions."""
+    append_end: bool
+    """Whether a completion gets the end-of-sequence token it lacks."""
+    completions: Mapping[str, Demonstration] | None
+    """Of each prompt, by its id; None before `build`."""
+
+
+@runtime_checkable
 class NeedsRollouts(Protocol):
     """A plan that replays stored responses. `build` reads them and hands over this rank's share."""
 
     path: str
     """File of stored rollouts."""
+    keep_above: float | None
+    """Only responses with a reward above it are handed over; None: all."""
     seed: int
     """Of the run: the order of the replay is drawn from it."""
     stored: Sequence[Trajectory] | None

@@ -13,18 +13,34 @@ from llmac.core.types import AllSum, Trajectory, identity
 Group = Sequence[Trajectory]
 
 
-def share_of(trajectories: Sequence[Trajectory], *, rank: int, world_size: int) -> list[Trajectory]:
+def share_of(
+    trajectories: Sequence[Trajectory],
+    *,
+    rank: int,
+    world_size: int,
+    keep_above: float | None = None,
+) -> list[Trajectory]:
     """One rank's part of stored responses: whole groups, dealt in turn.
 
     Args:
         trajectories: siblings adjacent, as they were sampled.
         rank: whose part.
         world_size: ranks.
+        keep_above: only responses with a reward above it are dealt; None: all.
 
     Raises:
-        ValueError: there are fewer groups than ranks.
+        ValueError: there are fewer groups than ranks, or none is left.
     """
-    groups = _groups(trajectories)
+    kept = trajectories
+    if keep_above is not None:
+        kept = [t for t in trajectories if t.reward is not None and t.reward > keep_above]
+        if trajectories and not kept:
+            best = max((t.reward for t in trajectories if t.reward is not None), default=None)
+            raise ValueError(
+                f"none of {len(trajectories)} stored responses has a reward above {keep_above} "
+                f"(keep_above), the largest is {best}; lower it, or sample more"
+            )
+    groups = _groups(kept)
     if len(groups) < world_size:
         raise ValueError(
             f"{len(groups)} groups of stored responses cannot be shared by {world_size} processes; "
@@ -46,17 +62,26 @@ class Stored:
     seed: int
     """Of the run: another seed, other orders. 0 until `build` sets it."""
 
-    def __init__(self, *, path: str, prompts_per_step: int, length_limit: int) -> None:
+    def __init__(
+        self,
+        *,
+        path: str,
+        prompts_per_step: int,
+        length_limit: int,
+        keep_above: float | None = None,
+    ) -> None:
         """Nothing is read: `build` sets `stored`, and `seed`.
 
         Args:
             path: file of the rollouts.
             prompts_per_step: groups this rank replays in a step.
             length_limit: longest response to expect, tokens: the horizon of the losses.
+            keep_above: only responses with a reward above it are handed over; None: all.
         """
         if prompts_per_step < 1:
             raise ValueError(f"prompts_per_step is at least 1; found {prompts_per_step}")
         self.path = path
+        self.keep_above = keep_above
         self.seed = 0
         self._groups_per_step = prompts_per_step
         self._length_limit = length_limit
