@@ -1,8 +1,12 @@
 """What `build` ties together: an engine that is closed, asked for its counts, and given its weights again."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from llmac.algorithms.grpo import GRPO
 from llmac.api import run
 from llmac.build import build
 from llmac.config import load_recipe
@@ -44,7 +48,7 @@ def parts_of():
         runtime = Runtime.create(seed=0, output=None)
         made.append(runtime.close)
         built = build(load_recipe(settings), runtime)
-        made.extend([built.phases.close, built.score.close, built.log.close, built.engine.close])
+        made.extend([built.phases.close, built.score.close, built.log.close, built.engines.close])
         return built
 
     yield parts
@@ -147,3 +151,68 @@ def test_stored_responses_of_another_vocabulary_are_refused_before_an_engine_is_
     with pytest.raises(DataError, match=message):
         parts_of(settings)
     assert engines == []
+
+
+class Talking:
+    """A plan that speaks to the policy and to a model that does not learn."""
+
+    length_limit = 8
+    player = None
+    partner = None
+
+    def __init__(self, partner_model):
+        self.partner_model = partner_model
+
+    def rollout(self, engine, prompts, score, *, seed, sum_across=None):
+        raise AssertionError("nobody samples here")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talks(GRPO):
+    """A card with such a plan."""
+
+    partner_model: str = ""
+
+    def plan(self, *, prompts_per_step, sampling):
+        return Talking(self.partner_model)
+
+
+def test_a_plan_that_speaks_is_handed_the_policy_and_its_partner(
+    settings, engines, parts_of, vllm_home
+):
+    settings["algorithm"] = Talks(group_size=4, partner_model=str(vllm_home))
+    parts = parts_of(settings)
+    policys, partners = engines
+    assert parts.plan.player.engine is parts.engine is policys
+    assert parts.plan.partner.engine is partners
+    assert parts.plan.partner.encode("ab=") == (2, 3, 8)
+    sizes = [engine._model.config.hidden_size for engine in engines]
+    assert sizes == [16, 64]
+    parts.engines.close()
+    assert [engine.closed for engine in engines] == [1, 1]
+
+
+def test_all_engines_are_closed_when_a_partner_cannot_be_loaded(settings, engines, tmp_path):
+    (tmp_path / "nobody").mkdir()
+    settings["algorithm"] = Talks(group_size=4, partner_model=str(tmp_path / "nobody"))
+    with pytest.raises(ConfigError, match="nobody"):
+        run(load_recipe(settings))
+    assert [engine.closed for engine in engines] == [1]
+
+
+def test_a_plan_that_writes_prompts_gets_the_whole_context_of_the_model(
+    settings, parts_of, monkeypatch
+):
+    rooms = []
+
+    def vllm(model, tokenizer, *, max_model_len, **others):
+        rooms.append(max_model_len)
+        return HFEngine(AutoModelForCausalLM.from_pretrained(model), tokenizer)
+
+    monkeypatch.setattr("llmac.engines.vllm_engine.VLLMEngine", vllm)
+    settings["rollout"]["engine"] = "vllm"
+    parts_of(settings)
+    settings["algorithm"] = Talks(partner_model=settings["model"]["name"])
+    parts_of(settings)
+    assert rooms[0] >= 3 + 8
+    assert rooms[1:] == [None, None]
