@@ -26,6 +26,7 @@ ALGORITHMS: dict[str, str] = {
     "dapo": "llmac.algorithms.dapo:DAPO",
     "tempo": "llmac.algorithms.tempo:TEMPO",
     "rloo": "llmac.algorithms.rloo:RLOO",
+    "pacs": "llmac.algorithms.pacs:PACS",
     "reinforce_pp": "llmac.algorithms.reinforce_pp:ReinforcePP",
     "reinforce_pp_baseline": "llmac.algorithms.reinforce_pp:ReinforcePPBaseline",
     "gspo": "llmac.algorithms.gspo:GSPO",

@@ -13,6 +13,9 @@ from llmac.algorithms.base import Algorithm
 from llmac.core.collate import collate
 from llmac.core.types import Finish, Prompt, Rollouts, Trajectory, Values
 
+LABELS = {"pacs"}
+"""Cards that take rewards of 0 and 1 only."""
+
 
 def card_class(name: str) -> type[Algorithm]:
     module, cls = ALGORITHMS[name].split(":")
@@ -87,6 +90,17 @@ def ragged(*, dtype: torch.dtype = torch.float64, reference: bool = True) -> Rol
         dtype=dtype,
         reference=reference,
     )
+
+
+def labelled(rollouts: Rollouts) -> Rollouts:
+    """The same rows, right or wrong and nothing between: for cards that take rewards as labels."""
+    return with_rewards(rollouts, [float((t.reward or 0) > 0.3) for t in rollouts.trajectories])
+
+
+def ragged_for(name: str, *, dtype: torch.dtype = torch.float64) -> Rollouts:
+    """`ragged`, with rewards that the card takes."""
+    rollouts = ragged(dtype=dtype)
+    return labelled(rollouts) if name in LABELS else rollouts
 
 
 def make_values(rollouts: Rollouts, *, seed: int = 1) -> Values:

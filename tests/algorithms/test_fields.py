@@ -15,19 +15,30 @@ from llmac.algorithms.base import Algorithm
 from llmac.core.protocols import AsksPromptValues, SamplingParams
 from llmac.core.types import Finish, Rollouts
 
-from .making import card, card_class, entropy_of, moved, ragged, segments_of, values_for
+from .making import (
+    LABELS,
+    card,
+    card_class,
+    entropy_of,
+    labelled,
+    moved,
+    ragged,
+    segments_of,
+    values_for,
+)
 
 K3 = {"kl_coef": 0.1, "kl_estimator": "k3", "kl_placement": "loss"}
 CORRECTED = {"mismatch": "token_truncate"}
 STALE = {"off_policy": "vtrace"}
 OPEN_GATE = {"gate_threshold": 0.002, "gate_bounds": (0.0, 0.6)}
 MIXED = {"allocation": "mixed"}
+STORED = {"rollouts": "stored.parquet"}
 DIVIDED = {"dynamic_sampling": False, **MIXED}
 FLIPS = {
     # field: (what must be on for it to matter, its new value)
     "group_size": ({}, 6),
     "mask_truncated": ({}, True),
-    "aggregation": ({"step_tokens": 3}, "sequence_mean_token_sum"),
+    "aggregation": ({"step_tokens": 3, "aggregation": "token_mean"}, "sequence_mean_token_sum"),
     "entropy_coef": ({}, 0.1),
     "kl_coef": ({}, 0.1),
     "kl_estimator": (K3, "k2"),
@@ -71,10 +82,16 @@ FLIPS = {
     "converged_at": ({**OPEN_GATE, "phase_window": 1}, 0.1),
     "beta": ({}, 0.5),
     "log_ratio_clamp": ({}, 0.1),
+    "score": ({}, "mean"),
+    "relative": ({}, "group"),
+    "class_weights": ({}, "none"),
     "normalize": ({}, True),
     "step_tokens": ({}, 3),
     "step_token_ids": ({}, (2,)),
     "rollouts": ({}, "stored.parquet"),
+    "completion_column": ({}, "answer"),
+    "append_end": ({}, False),
+    "keep_above": (STORED, 0.5),
     "segmenter": ({}, "response_start"),
     "segment_tokens": ({"segmenter": "every_n"}, 2),
     "cut_below": ({"segmenter": "low_probability", "cut_interval": 1}, 0.2),
@@ -104,7 +121,12 @@ FLIPS = {
     "cap_low": ({}, 0.95),
     "cap_high": ({}, 1.05),
 }
-REFUSED = {("tempo", field) for field in ("allocation", "min_responses", "max_responses")}
+REFUSED = {
+    *(("tempo", field) for field in ("allocation", "min_responses", "max_responses")),
+    ("pacs", "kl_placement"),
+    *(("sft", field) for field in ("group_size", "kl_placement", "mask_truncated")),
+    *(("sft", field) for field in ("mismatch", "mismatch_low", "mismatch_high")),
+}
 """A card refuses what it inherits and cannot work with."""
 CARD_FIELDS = [(n, f.name) for n in ALGORITHMS for f in dataclasses.fields(card_class(n)) if f.init]
 
@@ -119,6 +141,8 @@ def with_a_paused_row(rollouts: Rollouts) -> Rollouts:
 def everything_about(algorithm: Algorithm) -> list:
     """Plan, segments, credit, loss, gradient and what is asked of the loop, as plain numbers."""
     rollouts = with_a_paused_row(ragged())
+    if any(isinstance(algorithm, card_class(name)) for name in LABELS):
+        rollouts = labelled(rollouts)
     memory = algorithm.memory()
     remembered = {} if memory is None else {"memory": memory}
     for _ in range(2):  # some fields matter from the second step on
@@ -141,7 +165,8 @@ def everything_about(algorithm: Algorithm) -> list:
         *([targets.returns, targets.value_mask] if targets else []),
     ]
     plan = algorithm.plan(prompts_per_step=4, sampling=SamplingParams(max_new_tokens=64))
-    return [plan, algorithm.uses_reference, algorithm.needs_entropy, *(x.tolist() for x in tensors)]
+    made = {k: x for k, x in vars(plan).items() if not callable(x)}
+    return [made, algorithm.uses_reference, algorithm.needs_entropy, *(x.tolist() for x in tensors)]
 
 
 @pytest.mark.parametrize(("name", "field"), [x for x in CARD_FIELDS if x not in REFUSED])
@@ -256,6 +281,8 @@ def test_cards_are_frozen_hashable_and_documented(name):
             "gate_decay of SAFE .* no effect; set gate to entropy",
         ),
         ("dapo_step", {"beta": 0.0}, "beta of DAPOStep must be finite and above 0"),
+        ("pacs", {"beta": 0.0}, "beta of PACS must be finite and above 0"),
+        ("pacs", {"kl_coef": 0.1, "kl_placement": "reward"}, "kl_placement of PACS must be loss"),
         ("dapo_step", {"log_ratio_clamp": 0.0}, "log_ratio_clamp of DAPOStep must be above 0"),
         ("dapo_step", {"step_tokens": 0}, "step_tokens of DAPOStep must be at least 1"),
         ("dapo_step", {"step_token_ids": (-1,)}, "step_token_ids of DAPOStep must be ids of"),
@@ -270,6 +297,16 @@ def test_cards_are_frozen_hashable_and_documented(name):
             {"rollouts": "stored.parquet", "group_size": 4},
             "group_size of DAPOStep .* no effect; stored responses have the groups they have",
         ),
+        ("sft", {"group_size": 4}, "group_size of SFT .* no effect; each completion is there once"),
+        ("sft", {"mismatch": "token_mask"}, "mismatch of SFT .* there is only the likelihood"),
+        ("sft", {"keep_above": 0.5}, "keep_above of SFT .* no effect; set rollouts to a file"),
+        ("sft", {"mask_truncated": True}, "mask_truncated of SFT .* set rollouts to a file"),
+        ("sft", {"completion_column": ""}, "completion_column of SFT must be the name of a column"),
+        ("sft", {"rollouts": ""}, "rollouts of SFT must be the name of a file"),
+        ("sft", {**STORED, "keep_above": math.nan}, "keep_above of SFT must be None, or finite"),
+        ("sft", {**STORED, "append_end": False}, "append_end of SFT .* set rollouts to None"),
+        ("sft", {**STORED, "completion_column": "a"}, "completion_column of SFT .* no effect"),
+        ("sft", {"kl_coef": 0.1, "kl_placement": "reward"}, "kl_placement of SFT must be loss"),
         ("reinforce_pp", {"gamma": math.nan}, "gamma of ReinforcePP must be in"),
         ("grpo", {"clip_low": -0.1}, "clip_low of GRPO must be at least 0"),
         ("grpo", {"clip_high": math.nan}, "clip_high of GRPO must be at least 0"),

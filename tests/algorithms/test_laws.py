@@ -16,6 +16,7 @@ from llmac.core.segments import response_start
 from llmac.core.types import Credit, Values
 
 from .making import (
+    LABELS,
     card,
     card_class,
     make_rollouts,
@@ -34,10 +35,14 @@ ONLY_ADVANTAGES = {
     "spo_tree": {"kl_coef": 0.0},
     "dapo_step": {"beta": 1.0},  # else the gradient is REINFORCE's over beta
 }
+SUPERVISED = {"sft"}
+"""Cards that have no advantage, but the likelihood of what is given."""
 GROUP_CARDS = [
     name
     for name in ALGORITHMS
-    if hasattr(card_class(name), "outcome_advantages") and not card(name).uses_values
+    if hasattr(card_class(name), "outcome_advantages")
+    and not card(name).uses_values
+    and name not in LABELS  # their rewards can be neither shifted nor fractions
 ]
 
 
@@ -131,7 +136,7 @@ def test_gspo_is_token_ppo_for_responses_of_one_token():
     )
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in SUPERVISED])
 def test_before_the_policy_moves_every_card_has_reinforces_gradient(name, rollouts):
     algorithm = card(name, aggregation="token_mean", **ONLY_ADVANTAGES.get(name, {}))
     rollouts = dataclasses.replace(rollouts, ref_logprobs=rollouts.old_logprobs)
@@ -281,7 +286,7 @@ def test_a_card_says_truly_whether_it_teaches_its_critic(name, rollouts):
 @pytest.mark.parametrize(
     ("name", "fields", "keeps"),
     [
-        *((n, {}, n not in {"t_ppo", "spo_tree"}) for n in ALGORITHMS),
+        *((n, {}, n not in {"t_ppo", "spo_tree", "sft"}) for n in ALGORITHMS),
         ("dapo_step", {"rollouts": "stored.parquet"}, False),
     ],
 )

@@ -15,9 +15,25 @@ from torch import Tensor
 from llmac.algorithms.base import Algorithm
 from llmac.core.collate import collate
 from llmac.core.measures import Metrics
-from llmac.core.protocols import Completion, Request, RolloutPlan, SamplingParams
+from llmac.core.protocols import (
+    Completion,
+    Demonstration,
+    NeedsDemonstrations,
+    Request,
+    RolloutPlan,
+    SamplingParams,
+)
 from llmac.core.spans import span_values
-from llmac.core.types import Batch, CriticTargets, Finish, Prompt, Rollouts, Trajectory, Values
+from llmac.core.types import (
+    Batch,
+    Credit,
+    CriticTargets,
+    Finish,
+    Prompt,
+    Rollouts,
+    Trajectory,
+    Values,
+)
 
 from ..making import segments_of
 
@@ -46,6 +62,11 @@ def score(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         dataclasses.replace(t, reward=reward(t.prompt.token_ids[0], t.response_ids))
         for t in trajectories
     ]
+
+
+def shown(prompt: int) -> Demonstration:
+    """A right answer."""
+    return Demonstration(token_ids=(prompt, 0, (prompt + 1) % 3, END), text="")
 
 
 class Prompts:
@@ -227,6 +248,8 @@ def train(
         prompts_per_step=max(rows // card.group_size, PROMPTS),
         sampling=SamplingParams(max_new_tokens=LIMIT),
     )
+    if isinstance(plan, NeedsDemonstrations):
+        plan.completions = {f"p{p}": shown(p) for p in range(PROMPTS)}
     memory = card.memory()
     remembered = {} if memory is None else {"memory": memory}
     history = [policy.success()]
@@ -242,17 +265,20 @@ def train(
             critic.update(rollouts, credit.critic_targets)
         elif critic and not frozen:
             critic.observe(rollouts)
-        credit = dataclasses.replace(credit, advantages=sign * credit.advantages)
 
-        for index in torch.randperm(len(trajectories)).chunk(minibatches):
+        for number, index in enumerate(_minibatches(rollouts, minibatches, card)):
             minibatch = rollouts.rows(index)
-            weight = card.loss_weight(minibatch, credit.rows(index, minibatch.action_mask.shape[1]))
+            known = credit.rows(index, minibatch.action_mask.shape[1])
+            if card.refreshes_credit and number:
+                known = card.refreshed(known, minibatch, policy(minibatch)[0].detach())
+            known = _turned(known, sign)
+            weight = card.loss_weight(minibatch, known)
             optimizer.zero_grad()
-            for part in index.chunk(2):
-                micro = rollouts.rows(part)
+            for part in torch.arange(len(index)).chunk(2):
+                micro = minibatch.rows(part)
                 logprobs, entropy = policy(micro)
                 loss = card.policy_loss(
-                    logprobs, micro, credit.rows(part, micro.action_mask.shape[1]), entropy=entropy
+                    logprobs, micro, known.rows(part, micro.action_mask.shape[1]), entropy=entropy
                 )
                 (loss.total / weight).backward()
             optimizer.step()
@@ -261,6 +287,21 @@ def train(
         if history[-1] >= until:
             break
     return history
+
+
+def _minibatches(rollouts: Rollouts, count: int, card: Algorithm) -> Sequence[Tensor]:
+    """Rows of each optimizer step, drawn at random: whole groups where credit follows the policy."""
+    order = torch.randperm(len(rollouts.trajectories))
+    if not card.refreshes_credit:
+        return order.chunk(count)
+    parts = rollouts.group.unique()[torch.randperm(len(rollouts.group.unique()))].chunk(count)
+    return [order[torch.isin(rollouts.group[order], part)] for part in parts]
+
+
+def _turned(credit: Credit, sign: float) -> Credit:
+    """With another sign of all that the policy is drawn to."""
+    likelihood = None if credit.likelihood is None else sign * credit.likelihood
+    return dataclasses.replace(credit, advantages=sign * credit.advantages, likelihood=likelihood)
 
 
 @torch.no_grad()
