@@ -15,6 +15,7 @@ from llmac.algorithms.base import Algorithm
 from llmac.completions import CompletionLog
 from llmac.config import Recipe, differences, dump, fingerprint, plain
 from llmac.config.schema import DataConfig, RewardFunctionConfig
+from llmac.config.traits import traits_of
 from llmac.console import Console, show_log_records
 from llmac.core.protocols import (
     AsksPromptValues,
@@ -35,7 +36,12 @@ from llmac.core.types import Prompt
 from llmac.critics.bench import CriticBench, PolicyOrder, TrainedPolicy
 from llmac.data.demonstrations import demonstrations_in
 from llmac.data.prompts import PromptStream, load_prompts
-from llmac.engines.probe import LOW_PRECISION_TOLERANCE, PROBE_TOKENS, TOLERANCE
+from llmac.engines.probe import (
+    LOW_PRECISION_TOLERANCE,
+    PROBE_TOKENS,
+    TOLERANCE,
+    check_engine_holds,
+)
 from llmac.errors import ConfigError, DataError
 from llmac.loop import HeldOut, Parts, check_resume
 from llmac.metrics import METRICS_FILE, MetricLog, read_metrics
@@ -111,7 +117,7 @@ def build(
     engines = Engines(recipe, runtime)
     try:
         longest = _longest(recipe, runtime, prompts, held_out)
-        own_words = isinstance(plan, WritesPrompts)
+        own_words = isinstance(plan, WritesPrompts) or traits_of(recipe.critic).writes_prompts
         player = engines.of_policy(tokenizer, longest=None if own_words else longest)
         _introduce(plan, player, engines, recipe)
         actor, critic = _learners(recipe, runtime, engines, player, rewards, pad_id)
@@ -379,6 +385,7 @@ def _learners(
         ),
         new_policy=new_policy,
         model_named=partial(model_named, recipe.model),
+        check_engine=partial(check_engine_holds, tolerance=_probe_tolerance(recipe)),
         score=rewards,
         sampling=sampling_of(recipe),
         decode=player.decode,

@@ -22,6 +22,8 @@ class Traits:
     """Whether it knows nothing but what a plan that samples trees has found out."""
     continuations: int = 0
     """Continuations that it samples of each state it is asked about; 0: it samples nothing."""
+    writes_prompts: bool = False
+    """Whether it asks the policy's engine about texts that are no row of the data."""
     reuse: bool = False
     """Whether it offers what it sampled to be trained on."""
 

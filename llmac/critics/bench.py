@@ -104,6 +104,9 @@ class CriticBench:
     """A language model that learns beside the policy; None: there is no room for one."""
     model_named: Callable[[str], ModelSpec] | None = None
     """The recipe's `model` section for another model: its own tokenizer, no adapters."""
+    check_engine: Callable[..., object] | None = None
+    """Raises unless an engine samples from a model: `llmac.engines.probe.check_engine_holds` with the run's tolerance.
+    None: nobody looks."""
     score: Scorer
     """For critics that ask for rewards."""
     sampling: SamplingParams | None = None
