@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from llmac.config import load_recipe
 from llmac.config.cards import card_class, card_fields, choose_algorithm, choose_critic
 from llmac.config.schema import ModelConfig
 from llmac.core.collate import collate
@@ -16,9 +18,10 @@ from llmac.core.types import CriticTargets, Finish, Prompt, Rollouts, Trajectory
 from llmac.critics import CRITICS
 from llmac.critics.bench import CriticBench
 from llmac.critics.head_critic import HeadCritic
-from llmac.engines.hf_engine import HFEngine
 from llmac.models.loading import load_causal_lm
 from llmac.models.policy import TokenPolicy
+from llmac.new_actor import model_named, new_actor
+from llmac.new_engine import Engines
 from llmac.runtime.context import Runtime
 
 VOCABULARY, ROWS, LENGTH, LIMIT = 13, 12, 7, 10
@@ -55,12 +58,30 @@ def bench(tmp_path_factory):
         with torch.no_grad():
             return policy(rows, hidden_only=True)[0]
 
+    recipe = load_recipe(
+        {
+            "model": {"name": str(folder)},
+            "data": {"name": "none"},
+            "reward": "none.py:none",
+            "algorithm": "ppo",
+            "run": {"steps": 1, "output": "none"},
+        }
+    )
+    engines = Engines(recipe, runtime)
+    player = engines.of_policy(tokenizer, longest=None)
+
     yield CriticBench(
         runtime=runtime,
         model=spec,
         policy=policy,
         policy_states=hidden,
-        engine=HFEngine(load_causal_lm(spec), tokenizer),
+        engine=player.engine,
+        player=player,
+        new_player=lambda name, longest: engines.of_other(model_named(spec, name)),
+        new_policy=lambda order: new_actor(
+            order, recipe, runtime, pad_id=0, before_learning=engines.sleep
+        )[0],
+        model_named=partial(model_named, spec),
         score=lambda ts: [dataclasses.replace(t, reward=outcome(t.response_ids)) for t in ts],
         sampling=SamplingParams(),
         pad_id=0,
@@ -147,6 +168,10 @@ def leak(critic, trajectories):
 def taught(name, settings, bench):
     """A critic that has seen a few steps and is no constant any more."""
     fast = {"lr": 1e-2} if "lr" in card_fields(card_class("critic", name)) else {}
+    if name == "generative":
+        fast["max_new_tokens"] = (
+            4  # its context is small; see test_generative.py for one that reads
+        )
     choice = choose_critic({"name": name, **fast, **settings}, choose_algorithm("ppo"))
     torch.manual_seed(0)
     critic = choice.settings.build(bench)
