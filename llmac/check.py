@@ -91,6 +91,8 @@ def _data(
 ) -> str:
     if not is_local(data):
         raise _Unseen(f"{data.name} is on the Hub and would have to be downloaded")
+    from llmac.core.protocols import NeedsDemonstrations
+    from llmac.data.demonstrations import demonstrations_in
     from llmac.data.prompts import load_prompts
     from llmac.data.tables import read_table
 
@@ -107,12 +109,30 @@ def _data(
         model_max_tokens=_context_length(recipe),
         max_new_tokens=max_new_tokens,
     )
-    _check_columns(recipe, set(prompts[0].columns))
+    lines = report.lines()
+    plan = _plan(recipe)
+    if data is recipe.data and isinstance(plan, NeedsDemonstrations):  # which are not scored
+        shown = demonstrations_in(
+            prompts,
+            data,
+            tokenizers[0],
+            column=plan.column,
+            append_end=plan.append_end,
+            max_tokens=max_new_tokens,
+        )
+        lines.append(shown.line())
+    else:
+        _check_columns(recipe, set(prompts[0].columns))
     start = str(tokenizers[0].decode(list(prompts[0].token_ids)))
     first = start if len(start) <= 200 else start[:200] + "..."
-    return "\n".join(
-        [*report.lines(), f"columns: {', '.join(report.columns)}", f"first prompt: {first!r}"]
-    )
+    return "\n".join([*lines, f"columns: {', '.join(report.columns)}", f"first prompt: {first!r}"])
+
+
+def _plan(recipe: Recipe) -> object:
+    from llmac.core.protocols import SamplingParams
+
+    sampling = SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens)
+    return recipe.algorithm.settings.plan(prompts_per_step=1, sampling=sampling)
 
 
 def _check_columns(recipe: Recipe, columns: set[str]) -> None:

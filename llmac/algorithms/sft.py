@@ -102,7 +102,11 @@ class SFT(Algorithm):
         self, rollouts: Rollouts, values: Values | None, *, sum_across: AllSum = identity
     ) -> Credit:
         """Likelihood of weight 1 at each token, and no advantage."""
-        self._refuse_values(values)
+        if values is not None:
+            raise ValueError(
+                "SFT learns from completions and has no use for a critic's values; remove the critic, "
+                "or choose an algorithm with one, for example ppo"
+            )
         mask = self.policy_mask(rollouts)
         metrics: Metrics = {}
         if self.rollouts is not None:  # of a completion that nobody sampled there is no sampler

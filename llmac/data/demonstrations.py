@@ -131,7 +131,7 @@ def _split_chats(
             raise DataError(
                 f"there is nothing to learn from: the data has no column {column!r}, and the prompt of {prompt.id} is "
                 f"no chat that ends with an answer of the assistant.{did_you_mean(column, present)} Set "
-                f"algorithm.completion_column; the data has: {', '.join(present) or 'nothing but prompts'}"
+                "algorithm.completion_column, or data.columns: {" + column + ": ...}"
             )
         chats.append(chat)
     questions = [chat[:-1] for chat in chats]
