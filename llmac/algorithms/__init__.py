@@ -16,6 +16,7 @@ ALGORITHMS: dict[str, str] = {
     "t_ppo": "llmac.algorithms.t_ppo:TPPO",
     "a2c": "llmac.algorithms.a2c:A2C",
     "vineppo": "llmac.algorithms.vineppo:VinePPO",
+    "imitation": "llmac.algorithms.imitation:Imitation",
     "spo_chain": "llmac.algorithms.spo_chain:SPOChain",
     "spo_tree": "llmac.algorithms.spo_tree:SPOTree",
     "safe": "llmac.algorithms.safe:SAFE",

@@ -55,7 +55,7 @@ def test_a_delimiter_is_looked_for_in_the_text_of_the_response(name):
         algorithm.segments(rollouts)
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", [n for n in CARDS if n != "imitation"])  # advantages are weights
 def test_tokens_of_a_segment_share_what_the_segment_changed(name):
     rollouts = make_rollouts(rewards=[1, 0], lengths=[7, 3], group=[0, 0])
     algorithm = card(

@@ -67,6 +67,7 @@ def test_no_card_learns_the_toy_world_with_the_sign_of_its_advantages_flipped(na
         ("safe", {"advantage_scale": "running", "gate_coef": 1.0, "phase_window": 5}),
         ("dapo_step", {"step_tokens": 2, "normalize": True, "kl_coef": 0.01}),
         ("dapo_step", {"step_token_ids": (0, 1), "mask_truncated": True}),
+        ("imitation", {"weight": "exp", "beta": 0.2}),
         ("a2c", {"off_policy": "vtrace", "lam": 0.9, "critic_lam": 1.0}),
         (
             "grpo",
