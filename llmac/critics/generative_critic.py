@@ -253,7 +253,7 @@ class Generative:
     def _fraction(self, completion: Completion) -> float | None:
         """From 0 to 1; None: there is no score."""
         config = self._config
-        text = self._player.read(completion.token_ids)
+        text = self._player.decode(completion.token_ids)  # tags may be special tokens
         score = parse_score(text, scale=config.scale, tag=config.tag)
         if score is None:
             return None
