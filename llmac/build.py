@@ -237,7 +237,8 @@ def _introduce(plan: object, player: Player, engines: Engines, recipe: Recipe) -
     if isinstance(plan, WritesPrompts):
         plan.player = player
     if isinstance(plan, NeedsPartner):
-        plan.partner = engines.of_other(model_named(recipe.model, plan.partner_model))
+        name, begun_as = plan.partner_model, recipe.model.model_copy(update={"lora": None})
+        plan.partner = engines.of_other(model_named(recipe.model, name) if name else begun_as)
 
 
 def _schedule(recipe: Recipe) -> PolicySchedule:

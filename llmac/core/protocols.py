@@ -282,8 +282,8 @@ class NeedsPartner(Protocol):
     """A plan in which a second language model takes part that does not learn. `build` sets `partner`."""
 
     @property
-    def partner_model(self) -> str:
-        """Hub id or folder."""
+    def partner_model(self) -> str | None:
+        """Hub id or folder; None: what the policy began as."""
         ...
 
     partner: Player | None
