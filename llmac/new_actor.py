@@ -118,7 +118,7 @@ def new_actor(
 
 
 def model_named(spec: ModelSpec, name: str) -> ModelSpec:
-    """The same settings for another model, with a tokenizer of its own and without adapters."""
+    """The same settings without adapters: for another model with a tokenizer of its own, or for the recipe's."""
     assert isinstance(spec, ModelConfig), "recipes have no other"
-    changes = {"name": name, "tokenizer": None, "revision": None, "lora": None, "reference": None}
-    return spec.model_copy(update=changes)
+    other = {} if name == spec.name else {"name": name, "tokenizer": None, "revision": None}
+    return spec.model_copy(update={**other, "lora": None, "reference": None})
