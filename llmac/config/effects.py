@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmac.config.cards import Choice, idle_fields
+from llmac.config.critic_fit import critic_that_does_not_fit
 from llmac.config.schema import DataConfig, Recipe, Section
-from llmac.config.traits import traits_of
+from llmac.config.traits import learns, partner_of, traits_of
 from llmac.config.words import found
 from llmac.errors import ConfigError
 
@@ -82,9 +83,8 @@ IDLE = (
 
 
 def _teaches_a_critic(recipe: Recipe) -> bool:
-    card, critic = recipe.algorithm.settings, recipe.critic
-    learns = hasattr(critic and critic.settings, "lr")  # cards differ in fields
-    return card.uses_values and card.teaches_critic and learns
+    card = recipe.algorithm.settings
+    return card.uses_values and card.teaches_critic and learns(recipe.critic)
 
 
 def idle_keys(recipe: Recipe) -> dict[str, str]:
@@ -176,7 +176,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     ):  # cards differ
         yield "critic.lora takes its sizes from model.lora, which is not set; set model.lora, or critic.lora: false"
     yield from _plan_that_cannot_be(recipe)
-    yield from _critic_that_does_not_fit(recipe)
+    yield from critic_that_does_not_fit(recipe)
     for index, function in enumerate(recipe.reward.functions):
         if (function.path is None) == (function.model is None):
             both = "both" if function.path is not None else "neither"
@@ -190,66 +190,20 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 
 
 def _plan_that_cannot_be(recipe: Recipe) -> Iterator[str]:
-    from llmac.core.protocols import SamplingParams  # not light
-
-    sampling = SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens)
     try:
-        recipe.algorithm.settings.plan(prompts_per_step=1, sampling=sampling)
+        partner = partner_of(recipe)
     except ValueError as error:
         yield f"algorithm {recipe.algorithm.name}: {error}"
-
-
-def _critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:
-    name, card = recipe.algorithm.name, recipe.algorithm.settings
-    critic, traits = recipe.critic, traits_of(recipe.critic)
-    allocation = getattr(card, "allocation", "equal")  # cards differ
-    if allocation != "equal" and not traits.says_prompt_values:
-        yield (
-            f"algorithm.allocation asks what prompts are worth, and critic {critic.name if critic else 'null'} does "
-            "not say it; set critic: prompt_value or running_mean, or algorithm.allocation: equal"
-        )
-    if critic is None:
         return
-    if card.plan_knows_values and not traits.repeats_the_plan:
-        yield (
-            f"critic {critic.name} would be asked for values that the trees of {name} know already; set critic: "
-            "tree_mean, or choose an algorithm that asks at states, for example spo_chain"
-        )
-        return  # that it does not fit in other ways, too, would lead nowhere
-    if traits.repeats_the_plan and not card.plan_knows_values:
-        yield (
-            f"critic {critic.name} says what the nodes of sampled trees are worth, and {name} samples no trees; choose "
-            "another critic, for example monte_carlo, or algorithm.name: spo_tree"
-        )
-    learns = hasattr(critic.settings, "lr") and not traits.says_prompt_values
-    fresh = getattr(critic.settings, "init", None) in (None, "policy")  # cards differ
-    if learns and fresh and not card.teaches_critic and critic.name != card.default_critic:
-        yield (
-            f"critic {critic.name} learns, and {name} does not teach it, so that it would say the same everywhere; "
-            f"give critic.init the folder of a trained one, or set critic: {card.default_critic}, or choose an "
-            "algorithm that teaches, for example ppo or vineppo"
-        )
-    if card.group_size < traits.least_group_size:
-        yield (
-            f"critic {critic.name} compares siblings: algorithm.group_size must be at least {traits.least_group_size}, "
-            f"found {card.group_size}"
-        )
-    if traits.least_group_size > 1 and not card.keeps_groups:
-        yield (
-            f"critic {critic.name} compares siblings, and {name} does not judge them in one step; choose another "
-            "critic, or another algorithm"
-        )
-    if traits.reuse and not card.takes_offered_rows:
-        yield (
-            f"critic.reuse has continuations trained on beside the responses, and {name} cannot tell the two apart; "
-            "set critic.reuse: false, or choose an algorithm that looks at one row at a time, for example vineppo"
-        )
-    truncation = getattr(card, "on_truncation", None)  # cards differ
-    if traits.continuations and truncation == "bootstrap":
-        yield (
-            f"algorithm.on_truncation is bootstrap, and critic {critic.name} continues states, which the length limit "
-            "leaves no room for: it says 0 there; set algorithm.on_truncation: terminal, or another critic"
-        )
+    others = {f"algorithm {recipe.algorithm.name}": partner is not None}
+    if recipe.critic is not None:
+        others[f"critic {recipe.critic.name}"] = traits_of(recipe.critic).engine is not None
+    for who, samples in others.items():
+        if samples and recipe.rollout.engine == "vllm_server":
+            yield (
+                f"{who} samples from a second language model, and rollout.engine is vllm_server, whose servers have "
+                "the policy; set rollout.engine: vllm or hf"
+            )
 
 
 def _same_names(recipe: Recipe) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmac.config.effects import data_sections
 from llmac.config.schema import DataConfig, Recipe, RewardFunctionConfig
+from llmac.config.traits import partner_of, traits_of
 from llmac.config.words import closest
 from llmac.errors import ConfigError
 
@@ -117,6 +118,11 @@ def _model_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "model.tokenizer", recipe.model.tokenizer
     if recipe.model.reference is not None:
         yield "model.reference", recipe.model.reference
+    if (partner := partner_of(recipe)) is not None:
+        yield "algorithm.partner_model", partner
+    if recipe.critic is not None and traits_of(recipe.critic).engine is not None:
+        init = recipe.critic.settings.init
+        yield "critic.init", recipe.model.name if init == "policy" else init
     for index, entry in enumerate(recipe.reward.functions):
         if entry.model is not None:
             yield f"reward.functions[{index}].model", entry.model

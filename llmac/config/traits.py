@@ -1,10 +1,11 @@
-"""What critics say of themselves besides how they are built: read here, and nowhere else."""
+"""What critics and plans say of themselves besides how they are built: read here, and nowhere else."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llmac.config.cards import Choice
+from llmac.config.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,11 @@ class Traits:
     """Continuations that it samples of each state it is asked about; 0: it samples nothing."""
     writes_prompts: bool = False
     """Whether it asks the policy's engine about texts that are no row of the data."""
+    engine: Literal["own", "shared"] | None = None
+    """Who samples for a critic that is a language model and writes: an engine of its own, or the policy's with its
+    weights for a while; None: it writes nothing."""
+    learns: bool = True
+    """Whether it learns, if it has a learning rate at all."""
     reuse: bool = False
     """Whether it offers what it sampled to be trained on."""
 
@@ -38,3 +44,22 @@ def traits_of(critic: Choice | None) -> Traits:
         for entry in dataclasses.fields(Traits)
     }
     return Traits(**said)
+
+
+def learns(critic: Choice | None) -> bool:
+    """Whether a critic has a learning rate, and uses it."""
+    has_rate = hasattr(critic and critic.settings, "lr")  # not every critic has one
+    return has_rate and traits_of(critic).learns
+
+
+def partner_of(recipe: Recipe) -> str | None:
+    """Hub id or folder of the language model that takes part in the plan and does not learn; None: there is none.
+
+    Raises:
+        ValueError: the algorithm's settings make no plan.
+    """
+    from llmac.core.protocols import NeedsPartner, SamplingParams  # not light
+
+    sampling = SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens)
+    plan = recipe.algorithm.settings.plan(prompts_per_step=1, sampling=sampling)
+    return (plan.partner_model or recipe.model.name) if isinstance(plan, NeedsPartner) else None
