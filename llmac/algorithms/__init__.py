@@ -17,6 +17,7 @@ ALGORITHMS: dict[str, str] = {
     "a2c": "llmac.algorithms.a2c:A2C",
     "vineppo": "llmac.algorithms.vineppo:VinePPO",
     "imitation": "llmac.algorithms.imitation:Imitation",
+    "genac": "llmac.algorithms.genac:GenAC",
     "spo_chain": "llmac.algorithms.spo_chain:SPOChain",
     "spo_tree": "llmac.algorithms.spo_tree:SPOTree",
     "safe": "llmac.algorithms.safe:SAFE",

@@ -153,8 +153,7 @@ class CriticCredit(Segmented):
             outside = advantages.abs() > self.advantage_clip
             metrics["critic/advantages/clipfrac"] = mean_over(outside, mask)
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
-        if self.whiten_advantages:
-            advantages = whiten(advantages, mask, sum_across=sum_across)
+        advantages = self.scaled(advantages, mask, sum_across=sum_across)
         explained = explained_variance(at, targets.returns, value_mask, sum_across=sum_across)
         return self.make_credit(
             rollouts,
@@ -215,6 +214,14 @@ class CriticCredit(Segmented):
         if self.critic_lam is not None:
             returns = with_lam(self.critic_lam)[1]
         return advantages, returns, metrics
+
+    def scaled(
+        self, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, sum_across: AllSum
+    ) -> Float[Tensor, "B T"]:
+        """Advantages as the policy gets them: whitened over the tokens of the step, or as they are."""
+        if not self.whiten_advantages:
+            return advantages
+        return whiten(advantages, mask, sum_across=sum_across)
 
     def taught(self, rollouts: Rollouts) -> Bool[Tensor, "B T"]:
         """Tokens before which the critic has a target, if it was asked there."""

@@ -12,13 +12,24 @@ from torch import Tensor
 
 from llmac.core.measures import Mean, Measure
 from llmac.core.protocols import Decode
-from llmac.core.segments import at_most, every_n, every_token, low_probability, response_start
+from llmac.core.segments import (
+    after_ends,
+    at_most,
+    ends_in_doubt,
+    every_n,
+    every_token,
+    low_probability,
+    response_start,
+    thinned_ends,
+)
 from llmac.core.text_segments import after_text, compile_delimiter
 from llmac.core.types import Rollouts
 
 from .base import Algorithm
 
-Segmenter = Literal["every_token", "every_n", "low_probability", "delimiter", "response_start"]
+Segmenter = Literal[
+    "every_token", "every_n", "low_probability", "after_doubt", "delimiter", "response_start"
+]
 """How a response is cut; `Segmented` says what each is."""
 
 
@@ -29,6 +40,7 @@ class Segmented(Algorithm):
         every_token       before every sampled token: PPO
         every_n           every `segment_tokens` sampled tokens
         low_probability   before every `cut_interval`-th token that was in doubt: SPO
+        after_doubt       after every token that was in doubt: GenAC
         delimiter         after each match of `delimiter` in the text: reasoning steps, VinePPO
         response_start    once: the response is one segment
 
@@ -41,15 +53,16 @@ class Segmented(Algorithm):
     """Sampled tokens a segment, if the segmenter is every_n; the last of a response may be shorter.
     100 in one of SPO's settings."""
     cut_below: float = 0.9
-    """Probability below which a token was in doubt, if the segmenter is low_probability. .9 in
-    SPO."""
+    """Probability below which a token was in doubt, if the segmenter is low_probability or
+    after_doubt. .9 in SPO."""
     cut_interval: int = 5
     """A cut before every one of so many tokens in doubt. 5 in SPO, and 10 in its shorter runs."""
     delimiter: str = "newline"
     """What ends a segment, if the segmenter is delimiter: newline, paragraph, sentence, semicolon,
     or a regular expression looked for in the decoded text."""
     max_segments: int | None = None
-    """Most segments of a response, the starts spread evenly among those found; None: no bound."""
+    """Most segments of a response, the starts spread evenly among those found (after_doubt: the
+    ends); None: no bound."""
 
     def __post_init__(self) -> None:
         """Refuse segments that cannot be cut, and keys that nothing would read."""
@@ -63,13 +76,17 @@ class Segmented(Algorithm):
             compile_delimiter(self.delimiter)
         except ValueError as error:
             raise ValueError(f"delimiter of {type(self).__name__}: {error}") from None
-        for name, segmenter in (
-            ("segment_tokens", "every_n"),
-            ("cut_below", "low_probability"),
-            ("cut_interval", "low_probability"),
-            ("delimiter", "delimiter"),
+        for name, segmenters in (
+            ("segment_tokens", ("every_n",)),
+            ("cut_below", ("low_probability", "after_doubt")),
+            ("cut_interval", ("low_probability",)),
+            ("delimiter", ("delimiter",)),
         ):
-            self._without_effect(name, self.segmenter != segmenter, f"set segmenter to {segmenter}")
+            self._without_effect(
+                name,
+                self.segmenter not in segmenters,
+                f"set segmenter to {' or '.join(segmenters)}",
+            )
         self._without_effect(
             "max_segments", self.segmenter == "response_start", "choose another segmenter"
         )
@@ -110,6 +127,11 @@ class Segmented(Algorithm):
                     interval=self.cut_interval,
                     first=self.asks_first,
                 )
+            case "after_doubt":
+                ends = ends_in_doubt(rollouts.old_logprobs, mask, threshold=self.cut_below)
+                if self.max_segments is not None:
+                    ends = thinned_ends(ends, self.max_segments)
+                return after_ends(ends, mask)
             case "delimiter":
                 if decode is None:
                     raise ValueError(

@@ -125,3 +125,57 @@ def at_most(starts: Bool[Tensor, "B T"], k: int) -> Bool[Tensor, "B T"]:
     reached = torch.div(number * k, count, rounding_mode="floor")
     before = torch.div((number - 1) * k, count, rounding_mode="floor")
     return starts & (reached > before)
+
+
+def ends_in_doubt(
+    logprobs: Float[Tensor, "B T"], action_mask: Bool[Tensor, "B T"], *, threshold: float
+) -> Bool[Tensor, "B T"]:
+    """Tokens that end a segment: each sampled one that was in doubt, and the last of the response.
+
+        ends_t = action_mask_t and (π(a_t|s_t) < threshold or t is the last action token)
+
+    `after_ends` makes segments of them, each of which then holds one decision at its end. Unlike
+    `low_probability`, where a segment ends depends on nothing behind it. GenAC, arXiv:2604.10701,
+    as it was re-implemented (with threshold 0.2); whether the paper cuts so is not known to us.
+
+    Args:
+        logprobs: of the tokens taken, by the policy that sampled them; anything where `action_mask`
+            is False.
+        action_mask: True = sampled by the policy.
+        threshold: probability.
+
+    >>> logprobs = torch.tensor([[.9, .1, .95, .8, .15, .99, .7]]).log()
+    >>> mask = torch.ones(1, 7, dtype=torch.bool)
+    >>> ends_in_doubt(logprobs, mask, threshold=0.2).nonzero()[:, 1]
+    tensor([1, 4, 6])
+    """
+    number = action_mask.cumsum(dim=1)
+    last = action_mask & (number == number[:, -1:]) if action_mask.shape[1] else action_mask
+    return last | (action_mask & (torch.exp(logprobs) < threshold))
+
+
+def thinned_ends(ends: Bool[Tensor, "B T"], k: int) -> Bool[Tensor, "B T"]:
+    """No more than `k` ends a row, the first and the last among them where k > 1.
+
+    Of n > k ends those numbered round(j · (n-1) / (k-1)), j = 0 ... k-1, stay, halves rounded to
+    even; for k = 1 the last. A segment whose end is dropped becomes part of the one behind it.
+
+    Args:
+        ends: True ends a segment.
+        k: most segments of a row.
+
+    >>> ends = torch.ones(1, 10, dtype=torch.bool)
+    >>> thinned_ends(ends, 4).nonzero()[:, 1]
+    tensor([0, 3, 6, 9])
+    """
+    if k < 1:
+        raise ValueError(f"a row has at least one segment; found k = {k}")
+    count = ends.sum(dim=1, keepdim=True)
+    number = (ends.cumsum(dim=1) - 1).clamp(min=0)
+    last = (count - 1).clamp(min=0)
+    if k == 1:
+        return ends & (number == last)
+    # Multiplied before it is divided: the other order rounds some halves to the odd side.
+    kept = (torch.arange(k, device=ends.device).double() * last / (k - 1)).round().long()
+    stays = ends.new_zeros(len(ends), max(ends.shape[1], 1)).scatter(1, kept, True)
+    return ends & ((count <= k) | stays.gather(1, number))

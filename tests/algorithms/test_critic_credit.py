@@ -17,11 +17,11 @@ from llmac.core.vtrace import segment_ratios, vtrace
 from .making import card, card_class, known, make_values
 
 # VAPO adds a term of its own to this credit, and T-PPO teaches the critic at other tokens: they have
-# their own tests. VinePPO is PPO with other defaults, λ among them.
+# their own tests. VinePPO and GenAC are PPO with other defaults, λ among them.
 CRITIC_CARDS = [
     n
     for n in ALGORITHMS
-    if card_class(n).credit is CriticCredit.credit and n not in ("vineppo", "t_ppo")
+    if card_class(n).credit is CriticCredit.credit and n not in ("vineppo", "genac", "t_ppo")
 ]
 every_card = pytest.mark.parametrize("name", CRITIC_CARDS)
 RAW = {"whiten_advantages": False}
