@@ -62,6 +62,7 @@ from llmac.runtime.checkpoint import CheckpointStore, RandomState, Remembered, S
 from llmac.runtime.context import Runtime
 from llmac.runtime.phases import Phases
 from llmac.schedule import PolicySchedule
+from llmac.second_models import check_second_models
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def build(
     check_resume(recipe.run, checkpoints)
     tokenizer = load_tokenizer(recipe.model)
     pad_id = pad_token_id(tokenizer)
+    check_second_models(recipe)
     prompts = _prompts(recipe.data, recipe, tokenizer, rows, recipe.rollout.max_new_tokens)
     rewards = _rewards(recipe, runtime, tokenizer)
     algorithm: Algorithm = recipe.algorithm.settings

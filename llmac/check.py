@@ -14,6 +14,7 @@ from llmac.config.surroundings import (
     check_rewards,
     is_local,
 )
+from llmac.config.traits import partner_of, traits_of
 from llmac.errors import LlmacError
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def check(recipe: Recipe) -> Iterator[Finding]:
     yield folders
     if folders.verdict == "ok":
         yield _look("tokenizer", lambda: _load_tokenizer(recipe, tokenizer))
+        if partner_of(recipe) is not None or traits_of(recipe.critic).engine is not None:
+            yield _look("second models", lambda: _second_models(recipe))
     files = _look("data", lambda: check_data_paths(recipe))
     if files.verdict == "wrong":
         yield files
@@ -81,6 +84,16 @@ def _load_tokenizer(recipe: Recipe, keep: list[Any]) -> str:
     keep.append(tokenizer)
     chat = "with" if tokenizer.chat_template else "without"
     return f"{name}: {len(tokenizer)} tokens, {chat} a chat template"
+
+
+def _second_models(recipe: Recipe) -> str:
+    from llmac.second_models import check_second_models, critic_model, partner_model
+
+    for model in (recipe.model, critic_model(recipe), partner_model(recipe)):
+        for name in () if model is None else (model.name, model.tokenizer or model.name):
+            if not Path(name).expanduser().is_dir():
+                raise _Unseen(f"{name} is on the Hub and would have to be downloaded")
+    return check_second_models(recipe)
 
 
 def _data(

@@ -153,13 +153,30 @@ def train_in_full_mode(model: nn.Module, *, gradient_checkpointing: bool) -> Non
         causal_lm.enable_input_require_grads()
 
 
+def text_config(spec: ModelSpec) -> Any:
+    """The language part of a model's configuration; which fields it has, depends on the architecture.
+
+    Raises:
+        ConfigError: there is no model configuration at that name.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as reason:
+        raise ConfigError(
+            f"model.name: no model configuration at {spec.name!r}: {_short(reason)}"
+        ) from reason
+    return config.get_text_config()
+
+
 def context_length(spec: ModelSpec) -> int | None:
     """Tokens the model was made for, prompt and response together; None if its configuration does not say.
 
     Raises:
         ConfigError: there is no model configuration at that name.
     """
-    length = getattr(_text_config(spec), "max_position_embeddings", None)  # absent in some
+    length = getattr(text_config(spec), "max_position_embeddings", None)  # absent in some
     return int(length) if length else None
 
 
@@ -173,7 +190,7 @@ def check_vocabulary(spec: ModelSpec, token_id: int) -> None:
     Raises:
         ConfigError: the model's vocabulary is smaller.
     """
-    size = getattr(_text_config(spec), "vocab_size", None)  # absent in some
+    size = getattr(text_config(spec), "vocab_size", None)  # absent in some
     if size is not None and token_id >= size:
         raise ConfigError(
             f"the prompts have token {token_id}, and the model has {size} tokens: the tokenizer of "
@@ -219,19 +236,6 @@ def _load(
             setattr(model.config, field, 0.0)
             logger.info("%s: %s is off during reinforcement learning", name, field)
     return model
-
-
-def _text_config(spec: ModelSpec) -> Any:
-    """The language part of a model's configuration; which fields it has, depends on the architecture."""
-    try:
-        config = AutoConfig.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError) as reason:
-        raise ConfigError(
-            f"model.name: no model configuration at {spec.name!r}: {_short(reason)}"
-        ) from reason
-    return config.get_text_config()
 
 
 def _key(spec: ModelSpec, name: str) -> str:

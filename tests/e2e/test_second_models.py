@@ -1,0 +1,92 @@
+"""A critic's weights go into the policy's engine only where they belong, and that is known before weights are read."""
+
+import json
+
+import pytest
+
+from llmac.api import run
+from llmac.check import check
+from llmac.config import load_recipe
+from llmac.errors import ConfigError
+
+from .conftest import character_tokenizer
+
+
+@pytest.fixture
+def shared(settings, home, tmp_path):
+    """A recipe whose critic is a copy of the policy without weights, changed: `shared(hidden_size=32)`."""
+
+    def recipe(*, letters="abcdef=", engine="shared", **changes):
+        folder = tmp_path / "second"
+        folder.mkdir()
+        config = json.loads((home / "model" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        character_tokenizer(letters).save_pretrained(folder)
+        settings["algorithm"] = {"name": "ppo", "group_size": 2}
+        critic = {"name": "generative", "init": str(folder), "engine": engine}
+        settings["critic"] = critic | {"max_new_tokens": 8}
+        return load_recipe(settings)
+
+    return recipe
+
+
+def finding(recipe):
+    [found] = [each for each in check(recipe) if each.subject == "second models"]
+    return found.verdict, found.detail
+
+
+def test_a_copy_with_other_weights_may_share_the_engine(shared):
+    verdict, detail = finding(shared(max_position_embeddings=64, eos_token_id=5))
+    assert verdict == "ok"
+    assert "the policy's engine can have the weights of" in detail
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 32}, r"hidden_size \(32, not 16\)"),
+        ({"tie_word_embeddings": False}, r"tie_word_embeddings \(False, not True\)"),
+        ({"rms_norm_eps": 1e-3}, r"rms_norm_eps \(0.001, not 1e-06\)"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_parameters"),
+        ({"letters": "fedcba="}, "the policy's tokenizer, and that of .*second is another"),
+    ],
+)
+def test_another_model_or_tokenizer_is_refused_before_any_weights_are_read(
+    shared, changes, message, tmp_path, monkeypatch
+):
+    recipe = shared(**changes)
+    verdict, detail = finding(recipe)
+    assert verdict == "wrong"
+
+    def never(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("llmac.models.loading.AutoModelForCausalLM.from_pretrained", never)
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(recipe)
+    assert str(caught.value) == detail
+    assert "set critic.engine: own" in detail
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_an_engine_of_its_own_takes_any_model_with_a_tokenizer(shared, tmp_path):
+    recipe = shared(engine="own", hidden_size=32, letters="fedcba=")
+    assert finding(recipe)[0] == "ok"
+    for file in (tmp_path / "second").glob("tokenizer*"):
+        file.unlink()
+    verdict, detail = finding(recipe)
+    assert verdict == "wrong"
+    assert "second" in detail
+
+
+def test_models_on_the_hub_are_not_downloaded_to_be_looked_at(settings):
+    settings["algorithm"] = {"name": "ppo", "group_size": 2}
+    settings["critic"] = {"name": "generative", "init": "org/second"}
+    assert finding(load_recipe(settings)) == (
+        "not checked",
+        "org/second is on the Hub and would have to be downloaded",
+    )
+
+
+def test_runs_with_one_model_have_no_such_finding(settings):
+    assert all(each.subject != "second models" for each in check(load_recipe(settings)))
