@@ -18,6 +18,7 @@ ALGORITHMS: dict[str, str] = {
     "vineppo": "llmac.algorithms.vineppo:VinePPO",
     "imitation": "llmac.algorithms.imitation:Imitation",
     "genac": "llmac.algorithms.genac:GenAC",
+    "rerank_distill": "llmac.algorithms.rerank_distill:RerankDistill",
     "spo_chain": "llmac.algorithms.spo_chain:SPOChain",
     "spo_tree": "llmac.algorithms.spo_tree:SPOTree",
     "safe": "llmac.algorithms.safe:SAFE",

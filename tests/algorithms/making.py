@@ -117,7 +117,7 @@ def make_values(rollouts: Rollouts, *, seed: int = 1) -> Values:
 
 
 def values_for(algorithm: Algorithm, rollouts: Rollouts) -> Values | None:
-    return make_values(rollouts) if algorithm.default_critic else None
+    return make_values(rollouts) if algorithm.uses_values else None
 
 
 def lines(ids: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ BUSY = {
 }
 WITHOUT_A_SAMPLER = {"sft"}
 """Cards whose term is the likelihood of what others said: no ratio, no advantage."""
-NOTHING_TO_CLIP = {"a2c", "pacs", "imitation", *WITHOUT_A_SAMPLER}
+NOTHING_TO_CLIP = {"a2c", "pacs", "imitation", "rerank_distill", *WITHOUT_A_SAMPLER}
 every_card = pytest.mark.parametrize("name", ALGORITHMS)
 plain_and_busy = pytest.mark.parametrize("fields", [{}, BUSY], ids=["plain", "busy"])
 

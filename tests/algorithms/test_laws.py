@@ -35,7 +35,7 @@ ONLY_ADVANTAGES = {
     "spo_tree": {"kl_coef": 0.0},
     "dapo_step": {"beta": 1.0},  # else the gradient is REINFORCE's over beta
 }
-SUPERVISED = {"sft", "imitation"}
+SUPERVISED = {"sft", "imitation", "rerank_distill"}
 """Cards that have no advantage, but the likelihood of what is given."""
 GROUP_CARDS = [
     name

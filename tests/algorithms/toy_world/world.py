@@ -241,7 +241,7 @@ def train(
     frozen = critic is not None or card.plan_knows_values
     if card.plan_knows_values:
         critic = PlannedCritic()
-    elif critic is None and card.default_critic:
+    elif critic is None and card.uses_values:
         critic = TableCritic()
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     plan = plan or card.plan(
