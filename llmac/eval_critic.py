@@ -23,6 +23,8 @@ from llmac.core.protocols import Critic
 from llmac.core.types import Prompt
 from llmac.critics.examine import Report, examine
 from llmac.critics.frozen import FrozenCritic
+from llmac.critics.generative import ASKING
+from llmac.critics.generative_critic import SETTINGS_FILE
 from llmac.critics.picture import plot_calibration
 from llmac.critics.report import as_dict
 from llmac.critics.states import States, Told, check_numbers, sample_states
@@ -91,8 +93,9 @@ def eval_critic(
     Args:
         source: the run's folder, or a recipe's file; see `find_run`.
         overrides: `key.sub=value`, over the recipe.
-        critic: another critic: a folder that `ValueModel.from_pretrained` loads, the name of a critic, or
-            `{name: ..., key: value}`. A critic that learns and is given by name has not learned anything yet.
+        critic: another critic: a folder that `ValueModel.from_pretrained` loads or a generative critic was saved in,
+            the name of a critic, or `{name: ..., key: value}`. A critic that learns and is given by name has not
+            learned anything yet.
         step: which weights of the run.
         truth: which states; None: the defaults.
         states_from: take the states from this file instead of sampling; they should be of the same policy.
@@ -172,6 +175,8 @@ def _critic(asked: str | None, run: SavedRun) -> Path | Choice:
         return saved if (saved / HEAD_FILE).is_file() else _started_from(own, saved)
     folder = Path(asked).expanduser()
     if folder.is_dir():
+        if (folder / SETTINGS_FILE).is_file():
+            return _generative(folder)
         if not (folder / HEAD_FILE).is_file():
             inside = [p for p in ("critic", "final/critic") if (folder / p / HEAD_FILE).is_file()]
             hint = f" Did you mean {folder / inside[0]}?" if inside else ""
@@ -187,6 +192,16 @@ def _critic(asked: str | None, run: SavedRun) -> Path | Choice:
     except yaml.YAMLError as error:
         raise ConfigError(f"--critic: {asked} is not valid YAML: {error}") from error
     # Any critic will do here, whatever the run's own algorithm takes.
+    choice = choose_critic(card, choose_algorithm("ppo"))
+    assert choice is not None, "ppo takes critics"
+    return choice
+
+
+def _generative(folder: Path) -> Choice:
+    """A saved generative critic, asked as it was in its run; nothing is learned."""
+    saved = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    asked = {name: saved[name] for name in ASKING if saved[name] is not None}
+    card = {"name": "generative", "init": str(folder), "learns": False, **asked}
     choice = choose_critic(card, choose_algorithm("ppo"))
     assert choice is not None, "ppo takes critics"
     return choice
@@ -242,7 +257,8 @@ def _described(chosen: Path | Choice, asked: str | None, run: SavedRun) -> str:
 def _live(chosen: Path | Choice, run: SavedRun, parts: Parts) -> Critic:
     if isinstance(chosen, Choice):
         assert parts.critic is not None
-        if run.is_final and chosen is run.recipe.critic and isinstance(parts.critic, Saveable):
+        learned = isinstance(parts.critic, Saveable) and getattr(chosen.settings, "learns", True)
+        if run.is_final and chosen is run.recipe.critic and learned:  # cards differ in fields
             raise CheckpointError(
                 f"{run.weights} holds the policy and no critic; take a checkpoint (--step N), or name a critic"
             )

@@ -45,7 +45,7 @@ def parse_score(text: str, *, scale: tuple[int, int], tag: str = "answer") -> in
 
 
 def value_of_score(
-    score: float, *, scale: tuple[int, int], reward_range: tuple[float, float]
+    score: int, *, scale: tuple[int, int], reward_range: tuple[float, float]
 ) -> float:
     """V(s) that a score means, in reward units.
 

@@ -35,8 +35,21 @@ _LEARNING = (
     *("max_grad_norm", "epochs", "minibatches", "max_tokens_per_microbatch", "baseline"),
     *("importance_cap", "sync_every"),
 )
-_MEANING = ("scale", "tag", "reward_range", "conditioning")
+MEANING = ("scale", "tag", "reward_range", "conditioning")
 """Settings without which a trained critic's words mean something else."""
+ASKING = (
+    *MEANING,
+    *(
+        "actor",
+        "attempts",
+        "attempt_tokens",
+        "unparsed_value",
+        "max_new_tokens",
+        "max_prompt_tokens",
+    ),
+    *("temperature", "samples"),
+)
+"""How it is asked: what is saved beside the weights, so that it can be asked again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,9 +245,9 @@ class GenerativeConfig(Optimization):
             most_prompt_tokens=most,
         )
 
-    def meaning(self) -> dict[str, Any]:
+    def asking(self) -> dict[str, Any]:
         """What is saved beside the weights, as JSON has it."""
-        return json.loads(json.dumps({name: getattr(self, name) for name in _MEANING}))
+        return json.loads(json.dumps({name: getattr(self, name) for name in ASKING}))
 
     def _policy(self, spec: ModelSpec, bench: CriticBench) -> TrainedPolicy:
         if bench.new_policy is None:
@@ -271,8 +284,9 @@ class GenerativeConfig(Optimization):
                 )
             )
         context = Several(*contexts)
-        if self._saved() is not None:
-            context.restore(self._saved() or {})
+        saved = self._saved()
+        if saved is not None:
+            context.restore(saved["context"])
         return context
 
     def _most_prompt_tokens(self, spec: ModelSpec) -> int | None:
@@ -301,8 +315,8 @@ class GenerativeConfig(Optimization):
             return
         apart = [
             f"critic.{name}: {json.dumps(saved[name])} (now {json.dumps(mine)})"
-            for name, mine in self.meaning().items()
-            if saved[name] != mine
+            for name, mine in self.asking().items()
+            if name in MEANING and saved[name] != mine
         ]
         refuse_unless(
             not apart,

@@ -197,7 +197,7 @@ class Generative:
         if self._runtime.is_main:
             load_tokenizer(self._spec).save_pretrained(directory)
             (directory / TEMPLATE_FILE).write_text(self._template.source, encoding="utf-8")
-            kept = {**self._config.meaning(), **self._context.state()}
+            kept = {**self._config.asking(), "context": self._context.state()}
             (directory / SETTINGS_FILE).write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
     def _prompt(self, state: State, length_limit: int) -> tuple[int, ...]:
