@@ -15,7 +15,7 @@ from llmac.core.exchange import Attempt, Exchange, Said, Scored, accuracies
 from llmac.core.measures import Mean, Measure, Sum
 from llmac.core.plans import request_seed
 from llmac.core.protocols import Player, PromptSource, RolloutEngine, SamplingParams, Scorer
-from llmac.core.refinement import Outcome
+from llmac.core.refinement import Judge
 from llmac.core.types import AllSum, Prompt, Trajectory, identity
 from llmac.core.verdicts import Verdicts
 from llmac.core.voices import Memory, Voice
@@ -59,7 +59,7 @@ class Critique:
     """Reward of a right answer."""
     verdicts: Verdicts | None
     """Reads what a critique says in the end; None: critiques have no verdict."""
-    judge: Callable[[Outcome], float] | None = None
+    judge: Judge | None = None
     """Reward of a critique, where the critic is trained."""
     keep: Keep | None = None
     """Which answers are learned, where the actor is trained."""

@@ -1,13 +1,13 @@
 """What a step of critiques leaves to learn from: critiques with a reward, or right answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from llmac.core.exchange import Attempt, Exchange, Said
 from llmac.core.measures import Measure, Sum
 from llmac.core.protocols import Player
-from llmac.core.refinement import Outcome, passes_barrier
+from llmac.core.refinement import Judge, passes_barrier
 from llmac.core.types import Prompt, Trajectory
 
 REFINED = "refined"
@@ -31,7 +31,7 @@ class Keep:
 
 
 def critiques_as_rows(
-    exchanges: Sequence[Exchange], judge: Callable[[Outcome], float], policy: Player
+    exchanges: Sequence[Exchange], judge: Judge, policy: Player
 ) -> list[Trajectory]:
     """Critiques as responses; those of one answer are siblings."""
     rows: list[Trajectory] = []
@@ -51,7 +51,11 @@ def critiques_as_rows(
         }
         rows.append(
             _row(
-                prompt, exchange.critique, group=exchange.number, reward=judge(outcome), parts=parts
+                prompt,
+                exchange.critique,
+                group=exchange.number,
+                reward=judge.worth(outcome),
+                parts=parts,
             )
         )
     return rows

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 RefineReward = Literal["refine", "delta", "correction"]
 Form = Literal["additive", "gated"]
@@ -30,6 +30,15 @@ class Outcome:
     """r_dis: how true the verdict is, 0 ... 1."""
 
 
+@runtime_checkable
+class Judge(Protocol):
+    """Says what a critique is worth."""
+
+    def worth(self, outcome: Outcome) -> float:
+        """The reward of one critique."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReward:
     """The reward of Critique-RL (arXiv:2510.24320), of either stage and in either form.
@@ -49,7 +58,7 @@ class StageReward:
     binary: bool = True
     """Whether answers count as right or wrong; else by their rewards (open-ended tasks)."""
 
-    def __call__(self, outcome: Outcome) -> float:
+    def worth(self, outcome: Outcome) -> float:
         """The reward of one critique.
 
         Raises:
@@ -87,7 +96,7 @@ class RepairReward:
 
     mode: RepairMode = "abs"
 
-    def __call__(self, outcome: Outcome) -> float:
+    def worth(self, outcome: Outcome) -> float:
         """The reward of one critique.
 
         Raises:
@@ -114,11 +123,11 @@ class SoftFilter:
     tau: float = 0.3
     """Least share of right refinements. The paper's value is not known to us for certain."""
 
-    def __call__(self, outcome: Outcome) -> float:
+    def worth(self, outcome: Outcome) -> float:
         """Whether to keep one critique.
 
         >>> wrong = Outcome(before=0.0, before_right=False, after=(1.0, 0.0), after_right=(True, False))
-        >>> SoftFilter(tau=0.3)(wrong), SoftFilter(tau=0.6)(wrong)
+        >>> SoftFilter(tau=0.3).worth(wrong), SoftFilter(tau=0.6).worth(wrong)
         (1.0, 0.0)
         """
         if not outcome.after_right:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from llmac.core.exchange import Said
 from llmac.core.plans import ask, request_seed
@@ -10,17 +11,15 @@ from llmac.core.protocols import Completion, Player, Request, RolloutEngine, Sam
 Prompts = Sequence[tuple[int, ...]]
 
 
+@dataclass(slots=True)
 class Memory:
     """What a frozen player answers where it draws nothing: the same today and tomorrow."""
 
-    def __init__(self, most: int = 8192) -> None:
-        """Nothing is known yet.
-
-        Args:
-            most: answers kept; the oldest are forgotten first.
-        """
-        self._most = most
-        self._known: dict[tuple[tuple[int, ...], SamplingParams], list[Completion]] = {}
+    most: int = 8192
+    """Answers kept; the oldest are forgotten first."""
+    _known: dict[tuple[tuple[int, ...], SamplingParams], list[Completion]] = field(
+        default_factory=dict[tuple[tuple[int, ...], SamplingParams], list[Completion]]
+    )
 
     def get(self, prompt: tuple[int, ...], params: SamplingParams) -> list[Completion] | None:
         """None: not known."""
@@ -29,7 +28,7 @@ class Memory:
     def keep(self, prompt: tuple[int, ...], params: SamplingParams, said: list[Completion]) -> None:
         """Remember an answer, and forget the oldest where there are too many."""
         self._known[prompt, params] = said
-        if len(self._known) > self._most:
+        if len(self._known) > self.most:
             del self._known[next(iter(self._known))]
 
 

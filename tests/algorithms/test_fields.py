@@ -125,6 +125,40 @@ FLIPS = {
     "paused_value": ({}, "critic"),
     "overlong_buffer_tokens": ({}, 5),
     "overlong_penalty": ({}, 0.5),
+    "partner_model": ({}, "another"),
+    "chat": ({}, False),
+    "critique_prompt": ({}, "{answer}"),
+    "refine_prompt": ({}, "{critique}"),
+    "solved_at": ({}, 0.5),
+    "verdict_marker": ({}, "Verdict:"),
+    "right_word": ({}, "Yes"),
+    "wrong_word": ({}, "No"),
+    "answers_per_prompt": ({"answer_temperature": 0.5}, 2),
+    "answers_sampled": ({"answer_temperature": 0.5}, 4),
+    "answer_temperature": ({}, 0.9),
+    "answer_tokens": ({}, 99),
+    "refinements_per_critique": ({"stage": 2, "refine_temperature": 0.5}, 3),
+    "refine_temperature": ({"stage": 2}, 0.5),
+    "refine_tokens": ({"stage": 2}, 99),
+    "stage": ({}, 2),
+    "form": ({}, "gated"),
+    "refine_reward": ({"stage": 2}, "delta"),
+    "beta1": ({"stage": 2}, 0.5),
+    "verdict": ({}, "score"),
+    "score_tolerance": ({"verdict": "score"}, 1.0),
+    "score_range": ({"verdict": "score"}, (-1.0, 1.0)),
+    "repair": ({}, "diff"),
+    "tau": ({}, 0.5),
+    "critiques_per_answer": ({"critique_temperature": 0.5}, 2),
+    "critique_temperature": ({}, 0.5),
+    "critique_tokens": ({}, 99),
+    "criticise": ({}, "all"),
+    "reserved": ({}, 2),
+    "learn_as": ({}, "both"),
+    "barrier": ({}, False),
+    "solution_column": ({}, "solution"),
+    "weighing": ({}, "sets"),
+    "refined_share": ({"weighing": "sets"}, 0.2),
     "cap_low": ({}, 0.95),
     "cap_high": ({}, 1.05),
 }
@@ -133,6 +167,13 @@ REFUSED = {
     ("pacs", "kl_placement"),
     *(("sft", field) for field in ("group_size", "kl_placement", "mask_truncated")),
     *(("sft", field) for field in ("mismatch", "mismatch_low", "mismatch_high")),
+    *(
+        (name, field)
+        for name in ("critique_loop", "critique_filter")
+        for field in ("kl_placement", "mismatch", "mismatch_low", "mismatch_high")
+    ),
+    *(("critique_rl", field) for field in ("dynamic_sampling", "max_sampling_rounds")),
+    *(("critique_rl", field) for field in ("allocation", "min_responses", "max_responses")),
 }
 """A card refuses what it inherits and cannot work with."""
 CARD_FIELDS = [(n, f.name) for n in ALGORITHMS for f in dataclasses.fields(card_class(n)) if f.init]
@@ -162,6 +203,7 @@ def everything_about(algorithm: Algorithm) -> list:
         segments_of(algorithm, rollouts),
         credit.advantages,
         credit.policy_mask,
+        algorithm.policy_mask(rollouts),  # no row that was cut has a reward here
         torch.ones(1) if credit.importance is None else credit.importance,
         torch.zeros(1) if credit.likelihood is None else credit.likelihood,
         torch.zeros(1) if credit.kl_weight is None else credit.kl_weight,

@@ -19,7 +19,7 @@ BUSY = {
     "mismatch_high": 1.1,
     "mask_truncated": True,
 }
-WITHOUT_A_SAMPLER = {"sft"}
+WITHOUT_A_SAMPLER = {"sft", "critique_loop", "critique_filter"}
 """Cards whose term is the likelihood of what others said: no ratio, no advantage."""
 NOTHING_TO_CLIP = {"a2c", "pacs", "imitation", "rerank_distill", *WITHOUT_A_SAMPLER}
 every_card = pytest.mark.parametrize("name", ALGORITHMS)
@@ -30,7 +30,8 @@ def busy(name, fields):
     """The card with these fields on, but for those that would have no effect on it."""
     if name in WITHOUT_A_SAMPLER and fields:
         fields = {k: x for k, x in fields.items() if not k.startswith("mismatch")}
-        fields["rollouts"] = "stored.parquet"
+        if name == "sft":
+            fields["rollouts"] = "stored.parquet"
     return card(name, **fields)
 
 

@@ -33,10 +33,14 @@ ONLY_ADVANTAGES = {
     "safe": {"entropy_coef": 0.0},
     "spo_chain": {"kl_coef": 0.0},
     "spo_tree": {"kl_coef": 0.0},
+    "critique_rl": {"kl_coef": 0.0},
+    "rl4f": {"kl_coef": 0.0},
     "dapo_step": {"beta": 1.0},  # else the gradient is REINFORCE's over beta
 }
-SUPERVISED = {"sft", "imitation", "rerank_distill"}
+SUPERVISED = {"sft", "imitation", "rerank_distill", "critique_loop", "critique_filter"}
 """Cards that have no advantage, but the likelihood of what is given."""
+WHITENED = {"reinforce_pp_baseline", "critique_rl"}
+"""Group cards that remove the mean of the step's tokens, too."""
 GROUP_CARDS = [
     name
     for name in ALGORITHMS
@@ -178,7 +182,7 @@ def test_rewards_times_five(name, factor, rollouts):
     assert torch.allclose(after, factor * before, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in GROUP_CARDS if n != "reinforce_pp_baseline"])
+@pytest.mark.parametrize("name", [n for n in GROUP_CARDS if n not in WHITENED])
 @pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3, -1e4 - 0.1])
 def test_equal_rewards_earn_exactly_nothing_in_float32(name, reward):
     rollouts = ragged(dtype=torch.float32)
@@ -286,7 +290,10 @@ def test_a_card_says_truly_whether_it_teaches_its_critic(name, rollouts):
 @pytest.mark.parametrize(
     ("name", "fields", "keeps"),
     [
-        *((n, {}, n not in {"t_ppo", "spo_tree", "sft"}) for n in ALGORITHMS),
+        *(
+            (n, {}, n not in {"t_ppo", "spo_tree", "sft", "critique_loop", "critique_filter"})
+            for n in ALGORITHMS
+        ),
         ("dapo_step", {"rollouts": "stored.parquet"}, False),
     ],
 )

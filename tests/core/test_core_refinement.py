@@ -34,8 +34,8 @@ def outcome(before, after, *, true=True):
 def test_stage_1_pays_the_verdict_and_nothing_else(form, true, false):
     reward = StageReward(stage=1, form=form)
     for before, after in itertools.product((0, 1), repeat=2):
-        assert reward(outcome(before, after)) == true
-        assert reward(outcome(before, after, true=False)) == false
+        assert reward.worth(outcome(before, after)) == true
+        assert reward.worth(outcome(before, after, true=False)) == false
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,10 @@ def test_stage_1_pays_the_verdict_and_nothing_else(form, true, false):
 def test_stage_2_adds_the_verdict_or_stands_behind_it_as_a_gate(mode, before, after, worth):
     gated = StageReward(stage=2, form="gated", refine_reward=mode)
     additive = StageReward(stage=2, form="additive", refine_reward=mode, beta1=0.2)
-    assert gated(outcome(before, after)) == pytest.approx(worth)
-    assert additive(outcome(before, after)) == pytest.approx(worth)
-    assert gated(outcome(before, after, true=False)) == -1
-    assert additive(outcome(before, after, true=False)) == pytest.approx(worth - 0.2)
+    assert gated.worth(outcome(before, after)) == pytest.approx(worth)
+    assert additive.worth(outcome(before, after)) == pytest.approx(worth)
+    assert gated.worth(outcome(before, after, true=False)) == -1
+    assert additive.worth(outcome(before, after, true=False)) == pytest.approx(worth - 0.2)
 
 
 def test_several_refinements_are_averaged_and_open_ended_ones_keep_their_rewards():
@@ -70,17 +70,17 @@ def test_several_refinements_are_averaged_and_open_ended_ones_keep_their_rewards
         agreement=0.5,
     )
     reward = StageReward(stage=2, beta1=0.4, refine_reward="delta")
-    assert reward(several) == pytest.approx(0.5 + 0.2)
+    assert reward.worth(several) == pytest.approx(0.5 + 0.2)
     graded = StageReward(stage=2, beta1=0.4, refine_reward="delta", binary=False)
-    assert graded(several) == pytest.approx(0.75 - 0.25 + 0.2)
-    assert RepairReward(mode="diff_or_exact")(several) == pytest.approx((0.25 + 1.0) / 2)
+    assert graded.worth(several) == pytest.approx(0.75 - 0.25 + 0.2)
+    assert RepairReward(mode="diff_or_exact").worth(several) == pytest.approx((0.25 + 1.0) / 2)
 
 
 def test_without_refinements_there_is_nothing_to_pay_for():
     none = Outcome(before=0.0, before_right=False)
     for reward in (StageReward(stage=2), RepairReward(), SoftFilter()):
         with pytest.raises(ValueError, match="refined answer"):
-            reward(none)
+            reward.worth(none)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_a_repair_is_paid_for_what_it_is_or_for_what_it_gained(mode, before, aft
     repaired = Outcome(
         before=before, before_right=False, after=(after,), after_right=(after >= 1.0,)
     )
-    assert RepairReward(mode=mode)(repaired) == pytest.approx(worth)
+    assert RepairReward(mode=mode).worth(repaired) == pytest.approx(worth)
 
 
 def test_an_exact_repair_that_scores_less_than_the_answer_is_a_loss():
     odd = Outcome(before=1.5, before_right=True, after=(1.0,), after_right=(True,))
-    assert RepairReward(mode="diff_or_exact")(odd) == pytest.approx(-0.5)
+    assert RepairReward(mode="diff_or_exact").worth(odd) == pytest.approx(-0.5)
 
 
 def test_grades_are_numbers_and_equal_ones_are_told_apart_by_likelihood():
@@ -129,7 +129,7 @@ def test_the_barrier_stops_answers_that_have_stopped_reasoning():
 def test_the_soft_filter_keeps_what_helps_and_what_does_no_harm():
     def kept(right, shares):
         helped = tuple(bool(x) for x in shares)
-        return SoftFilter(tau=0.3)(
+        return SoftFilter(tau=0.3).worth(
             Outcome(
                 before=float(right),
                 before_right=right,

@@ -33,8 +33,19 @@ def test_every_state_has_its_own_row():
     assert len(index.unique()) == index.max() + 1 == PROMPTS * STATES_PER_PROMPT
 
 
-SMALL = {"spo_tree": {"branching": (6, 6), "segment_tokens": 2}}
-"""Settings that are made for longer responses."""
+SPOKEN = {
+    "chat": False,
+    "critique_prompt": "{question}|{answer}",
+    "refine_prompt": "{question}|{answer}{critique}",
+}
+SMALL = {
+    "spo_tree": {"branching": (6, 6), "segment_tokens": 2},
+    "critique_rl": {"stage": 2, **SPOKEN},
+    "rl4f": SPOKEN,
+    "critique_loop": SPOKEN,
+    "critique_filter": SPOKEN,
+}
+"""Settings that are made for longer responses, and how to speak to those who know but digits."""
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -7,7 +7,7 @@ and an answer that does not end within five tokens is wrong. A policy that knows
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from llmac.core.protocols import (
     Completion,
     Demonstration,
     NeedsDemonstrations,
+    NeedsPartner,
+    Player,
     Request,
     RolloutPlan,
     SamplingParams,
@@ -29,6 +31,7 @@ from llmac.core.types import (
     Credit,
     CriticTargets,
     Finish,
+    Messages,
     Prompt,
     Rollouts,
     Trajectory,
@@ -178,6 +181,35 @@ def _by_shape(requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
     yield from ((number, alike) for (_, number), alike in shapes.items())
 
 
+class Echo(TableEngine):
+    """A player without thoughts: says nothing to a prompt, and what it is told behind one again."""
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        return [
+            [
+                Completion(
+                    token_ids=r.prompt_ids[1:],
+                    logprobs=(0.0,) * len(r.prompt_ids[1:]),
+                    finish=Finish.STOP,
+                )
+            ]
+            * r.params.n
+            for r in requests
+        ]
+
+
+def player(engine: TableEngine, hears: Callable[[str], str]) -> Player:
+    """Speaks in digits, and hears those of what it hears."""
+
+    def encode(written: str | Messages) -> tuple[int, ...]:
+        return tuple(int(x) for x in hears(str(written)) if x.isdigit())
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(map(str, ids))
+
+    return Player(engine=engine, encode=encode, decode=decode, read=decode)
+
+
 class TableCritic:
     """V(s) as a table, moved halfway to the mean target of each state."""
 
@@ -250,6 +282,9 @@ def train(
     )
     if isinstance(plan, NeedsDemonstrations):
         plan.completions = {f"p{p}": shown(p) for p in range(PROMPTS)}
+    if isinstance(plan, NeedsPartner):
+        plan.player = player(engine, lambda text: text.split("|")[0])
+        plan.partner = player(Echo(), lambda text: text)
     memory = card.memory()
     remembered = {} if memory is None else {"memory": memory}
     history = [policy.success()]
