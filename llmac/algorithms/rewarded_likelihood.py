@@ -57,9 +57,7 @@ class RewardedLikelihood(LikelihoodPolicy):
         # A row may be learned as a response to another prompt than it was sampled to: there is no
         # sampler to compare with.
         metrics = {
-            name: measure
-            for name, measure in credit.metrics.items()
-            if not name.startswith("actor/sampler_")
+            name: measure for name, measure in credit.metrics.items() if "sampler_" not in name
         }
         weights = self.token_weights(rollouts, mask, sum_across=sum_across)
         learned = self.imitated(credit, weights.to(rollouts.rewards.dtype), mask)
