@@ -1,4 +1,4 @@
-"""The console script `llmac`: look at a recipe, check it, serve its model, sample from it, pre-train its critic.
+"""The console script `llmac`: look at a recipe, check it, serve or sample from its model, pre-train its critic, answer.
 
 Training is started by `accelerate launch recipes/train.py`.
 """
@@ -142,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
             "eval-critic", help="say how good a critic is, against continuations of the policy"
         )
     )
+    _generate_arguments(
+        commands.add_parser(
+            "generate", help="answer prompts with a model, guided by a critic or a smaller model"
+        )
+    )
     algorithms = commands.add_parser("algorithms", help="list algorithms and critics")
     algorithms.set_defaults(command=_algorithms)
     bring = commands.add_parser(
@@ -193,6 +198,63 @@ def _eval_critic_arguments(examine: argparse.ArgumentParser) -> None:
     )
     examine.add_argument("--seed", type=int, default=0, help="of everything sampled (default 0)")
     examine.set_defaults(command=_eval_critic)
+
+
+def _generate_arguments(answer: argparse.ArgumentParser) -> None:
+    answer.add_argument("model", help="Hub id, folder, or a run's folder, whose final/ is taken")
+    answer.add_argument(
+        "--method",
+        required=True,
+        choices=("best_of_n", "vote", "weighted_vote", "beam", "token", "transfer"),
+        help="how to choose; docs/decoding.md says which costs what",
+    )
+    answer.add_argument("--critic", type=Path, help="folder of a value model")
+    answer.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    answer.add_argument("--prompts", type=Path, help="dataset file with the column `prompt`")
+    answer.add_argument("--output", type=Path, help="new .jsonl file, a line for each prompt")
+    answer.add_argument("--max-new-tokens", type=int, default=512, help="default 512")
+    answer.add_argument("--temperature", type=float, default=1.0, help="default 1; 0: greedy")
+    answer.add_argument("--top-p", type=float, default=1.0, help="default 1")
+    answer.add_argument("--seed", type=int, default=0, help="of everything sampled (default 0)")
+    answer.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    answer.add_argument(
+        "--chat", action="store_true", help="put prompts into the model's chat template"
+    )
+    some = answer.add_argument_group(
+        "options of some methods", "one that the method does not read is refused"
+    )
+    some.add_argument("--engine", choices=("hf", "vllm"), help="who samples (default hf)")
+    some.add_argument("--n", type=int, help="responses to a prompt (default 8)")
+    some.add_argument(
+        "--answer",
+        help="what responses vote for: auto (default), boxed, equals, regex:PATTERN, file.py:function",
+    )
+    some.add_argument(
+        "--worst",
+        type=float,
+        help="reward of a failure, taken off the weights of votes (default 0)",
+    )
+    for name, meaning in (
+        ("block-tokens", "beam: tokens sampled at once (default 64)"),
+        ("beams", "beam: kept in each tree (default 2)"),
+        ("expand", "beam: blocks sampled behind each (default 2)"),
+        ("trees", "beam: independent searches (default 1)"),
+        ("top-k", "token: candidates (default 10)"),
+    ):
+        some.add_argument(f"--{name}", type=int, help=meaning)
+    some.add_argument("--lam", type=float, help="token, transfer: strength (default 1)")
+    some.add_argument(
+        "--rule", choices=("ratio", "tilt"), help="token: CriticControl's (default) or exp(lam V)"
+    )
+    some.add_argument(
+        "--scale", choices=("logit", "probability"), help="ratio: what a value is (default logit)"
+    )
+    some.add_argument(
+        "--others", choices=("zero", "keep"), help="ratio: tokens that are no candidates"
+    )
+    some.add_argument("--tuned", help="transfer: the small model after reinforcement learning")
+    some.add_argument("--reference", help="transfer: the small model before it")
+    answer.set_defaults(command=_generate)
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -326,6 +388,36 @@ def _eval_critic(arguments: argparse.Namespace) -> int:
     # A pipe has no width; a table cut at 80 columns is of no use to whom it is sent.
     Console(width=max(console.width, 132)).print(tables(found.report, found.about))
     print(f"wrote {found.output}")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    _talk()
+    from rich.console import Console
+
+    from llmac.decoding.generation import DEFAULTS, READS, Generation
+    from llmac.generate import generate, read_prompts, table
+
+    names = {*DEFAULTS, *(name for reads in READS.values() for name in reads)}
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    decoded = generate(
+        Generation(
+            model=arguments.model,
+            method=arguments.method,
+            prompts=read_prompts(arguments.prompt, arguments.prompts),
+            options=given,
+            output=arguments.output,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            dtype=arguments.dtype,
+            chat=arguments.chat,
+        )
+    )
+    Console().print(table(decoded))
+    if arguments.output is not None:
+        print(f"wrote {arguments.output}")
     return 0
 
 
