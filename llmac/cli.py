@@ -137,6 +137,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the returns; 1: what came of the response (default 1)",
     )
     pretrain.set_defaults(command=_value_pretrain)
+    _critic_traces_arguments(
+        commands.add_parser(
+            "critic-traces", help="have a teacher write what a generative critic learns from"
+        )
+    )
     _eval_critic_arguments(
         commands.add_parser(
             "eval-critic", help="say how good a critic is, against continuations of the policy"
@@ -165,6 +170,31 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--output", type=Path, help="write the recipe here instead of printing it")
     bring.set_defaults(command=_import_config)
     return parser
+
+
+def _critic_traces_arguments(trace: argparse.ArgumentParser) -> None:
+    trace.epilog = "then train: accelerate launch recipes/train.py recipes/math_genac_sft.yaml data.name=<output>"
+    trace.add_argument("recipe", help="a recipe's YAML file, with critic: {name: generative}")
+    trace.add_argument("rollouts", type=Path, help="what `llmac rollouts` wrote")
+    trace.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    trace.add_argument("--output", type=Path, required=True, help="the new .jsonl file")
+    trace.add_argument(
+        "--teacher-function",
+        metavar="FILE.PY:FUNCTION",
+        help="called with the critic's prompt and a dictionary about the state; returns text or None",
+    )
+    trace.add_argument("--teacher", metavar="MODEL", help="or a model: Hub id or folder")
+    trace.add_argument("--chat", action="store_true", help="ask the model in its chat template")
+    trace.add_argument(
+        "--states", type=int, default=1020, help="to ask about, at most (default 1020)"
+    )
+    trace.add_argument(
+        "--max-error",
+        type=float,
+        help="drop scores whose squared distance to the outcome is above (default: none)",
+    )
+    trace.add_argument("--seed", type=int, default=0, help="of the states (default 0)")
+    trace.set_defaults(command=_critic_traces)
 
 
 def _eval_critic_arguments(examine: argparse.ArgumentParser) -> None:
@@ -341,6 +371,24 @@ def _value_pretrain(arguments: argparse.Namespace) -> int:
     done = value_pretrain(recipe, arguments.rollouts, arguments.output, how)
     if done.is_main:
         print(done.line())
+    return 0
+
+
+def _critic_traces(arguments: argparse.Namespace) -> int:
+    _talk()
+    from llmac.config import load_recipe
+    from llmac.critic_traces import Tracing, critic_traces
+
+    how = Tracing(
+        function=arguments.teacher_function,
+        model=arguments.teacher,
+        chat=arguments.chat,
+        states=arguments.states,
+        max_error=arguments.max_error,
+        seed=arguments.seed,
+    )
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(critic_traces(recipe, arguments.rollouts, arguments.output, how).line())
     return 0
 
 
