@@ -30,6 +30,8 @@ class Traits:
     weights for a while; None: it writes nothing."""
     learns: bool = True
     """Whether it learns, if it has a learning rate at all."""
+    says_outcome_chances: bool = False
+    """Whether it has classes of outcomes, and says how likely a response's own was after each of its tokens."""
     reuse: bool = False
     """Whether it offers what it sampled to be trained on."""
 
@@ -52,14 +54,25 @@ def learns(critic: Choice | None) -> bool:
     return has_rate and traits_of(critic).learns
 
 
+def plan_of(recipe: Recipe) -> object:
+    """The algorithm's plan for one prompt a step, to be asked what it needs.
+
+    Raises:
+        ValueError: the algorithm's settings make no plan.
+    """
+    from llmac.core.protocols import SamplingParams  # not light
+
+    sampling = SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens)
+    return recipe.algorithm.settings.plan(prompts_per_step=1, sampling=sampling)
+
+
 def partner_of(recipe: Recipe) -> str | None:
     """Hub id or folder of the language model that takes part in the plan and does not learn; None: there is none.
 
     Raises:
         ValueError: the algorithm's settings make no plan.
     """
-    from llmac.core.protocols import NeedsPartner, SamplingParams  # not light
+    from llmac.core.protocols import NeedsPartner  # not light
 
-    sampling = SamplingParams(max_new_tokens=recipe.rollout.max_new_tokens)
-    plan = recipe.algorithm.settings.plan(prompts_per_step=1, sampling=sampling)
+    plan = plan_of(recipe)
     return (plan.partner_model or recipe.model.name) if isinstance(plan, NeedsPartner) else None

@@ -14,6 +14,7 @@ from llmac.placement.activations import (
     kept_bytes,
     logits_bytes,
 )
+from llmac.placement.second_engines import writing_critic
 from llmac.placement.sharding import Held, Sharding, held
 from llmac.placement.skeletons import (
     Skeleton,
@@ -22,6 +23,7 @@ from llmac.placement.skeletons import (
     policy_skeleton,
     reward_skeleton,
 )
+from llmac.second_models import critic_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,9 @@ class Parts:
     """The largest model, whole, as every rank reads it into main memory."""
 
     @classmethod
-    def of(cls, recipe: Recipe, sharding: Sharding, ranks: int, tokens: int) -> "Parts":
+    def of(
+        cls, recipe: Recipe, sharding: Sharding, ranks: int, tokens: int, critic_row: int
+    ) -> "Parts":
         """Those of a recipe.
 
         Args:
@@ -49,11 +53,19 @@ class Parts:
             sharding: how training is spread.
             ranks: GPUs that train.
             tokens: of the largest micro-batch.
+            critic_row: of the longest row that a critic learns from which writes.
         """
         spec = recipe.model
         policy = policy_skeleton(spec)
-        settings = head_settings(recipe)
+        settings, writer = head_settings(recipe), writing_critic(recipe)
         critic = critic_skeleton(spec, settings) if settings is not None else None
+        critic_tokens = tokens
+        if writer is not None and writer.learns:
+            model = critic_model(recipe)
+            assert model is not None, "a critic that writes is a model"
+            critic = policy_skeleton(model)
+            budget = writer.max_tokens_per_microbatch or recipe.actor.max_tokens_per_microbatch
+            critic_tokens = max(budget, critic_row)
         reference: Skeleton | None = None
         if recipe.algorithm.settings.uses_reference and not (spec.lora and not spec.reference):
             reference = bare_skeleton(spec, spec.reference)
@@ -63,7 +75,7 @@ class Parts:
             precision = "autocast"
         cached = sharding is Sharding.DDP  # as llmac.runtime.context enters autocast
 
-        def moments(model: Skeleton) -> tuple[dict[str, int], ...]:
+        def moments(model: Skeleton, tokens: int) -> tuple[dict[str, int], ...]:
             sizes = {"gradient_checkpointing": spec.gradient_checkpointing}
             forward_ends = {
                 "bfloat16 copies of weights": cast_bytes(model, precision, cached=cached),
@@ -75,9 +87,16 @@ class Parts:
             }
             return forward_ends, backward_begins
 
-        logits = {"logits": logits_bytes(policy, tokens, spec.logprob_chunk_mb)}
+        def with_logits(model: Skeleton, tokens: int) -> tuple[Mapping[str, int], ...]:
+            logits = {"logits": logits_bytes(model, tokens, spec.logprob_chunk_mb)}
+            return tuple(moment | logits for moment in moments(model, tokens))
+
         # A head on the policy's trunk sees hidden vectors that were computed without gradient.
-        own_trunk = settings is not None and settings.trunk == "own"
+        critic_moments: tuple[Mapping[str, int], ...] = ()
+        if critic is not None and settings is None:
+            critic_moments = with_logits(critic, critic_tokens)
+        elif critic is not None and settings is not None and settings.trunk == "own":
+            critic_moments = moments(critic, tokens)
         return cls(
             policy_shape=policy,
             critic_shape=critic,
@@ -85,8 +104,8 @@ class Parts:
             critic=_critic_held(settings, critic, sharding, ranks),
             reference=held(reference, sharding, ranks) if reference is not None else Held(),
             rewards=sum(model.bytes for model in rewards),
-            policy_moments=tuple(moment | logits for moment in moments(policy)),
-            critic_moments=moments(critic) if critic is not None and own_trunk else (),
+            policy_moments=with_logits(policy, tokens),
+            critic_moments=critic_moments,
             loaded=max(
                 model.bytes for model in (policy, critic, reference, *rewards) if model is not None
             ),
@@ -94,7 +113,7 @@ class Parts:
 
 
 def head_settings(recipe: Recipe) -> HeadConfig | None:
-    """Of a critic that is a head on a language model; None: no critic, or one that trains no weights on the GPU."""
+    """Of a critic that is a head on a language model; None: no critic, or one without a head."""
     settings = recipe.critic.settings if recipe.critic else None
     return settings if isinstance(settings, HeadConfig) else None
 
@@ -102,9 +121,9 @@ def head_settings(recipe: Recipe) -> HeadConfig | None:
 def _critic_held(
     settings: HeadConfig | None, critic: Skeleton | None, sharding: Sharding, ranks: int
 ) -> Held:
-    if settings is None or critic is None:
+    if critic is None:
         return Held()
     alone = held(critic, sharding, ranks)
-    if settings.target_tau is None:
+    if settings is None or settings.target_tau is None:
         return alone
     return dataclasses.replace(alone, parameters=2 * alone.parameters)  # the target network

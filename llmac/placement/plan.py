@@ -1,16 +1,26 @@
 """Will a recipe fit: GPUs divided, its phases added up, and what is too much."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmac.config.schema import Recipe
-from llmac.config.traits import traits_of
+from llmac.config.traits import plan_of, traits_of
+from llmac.core.protocols import WritesPrompts
 from llmac.errors import ConfigError
 from llmac.placement.parts import Parts
 from llmac.placement.phases import Phase, phases_of
 from llmac.placement.sampling import GIB, Sampler, hf_sampler, vllm_sampler
+from llmac.placement.second_engines import (
+    Lengths,
+    SecondEngine,
+    check_shapes,
+    second_engines,
+    writing_critic,
+)
 from llmac.placement.sharding import Sharding
 from llmac.placement.skeletons import Skeleton, bare_skeleton
+from llmac.second_models import critic_model
 from llmac.serve import gpu_share
 
 USUAL_PROMPT = 512
@@ -57,8 +67,11 @@ class Plan:
     phases: tuple[Phase, ...]
     """The last one is a server's, if there are servers."""
     sampler: Sampler
+    seconds: tuple[SecondEngine, ...]
+    """Engines of other models beside it."""
+    lengths: Lengths
     micro_batch: int
-    """Tokens of the largest forward pass."""
+    """Tokens of the policy's largest forward pass."""
     row_tokens: int
     """Tokens of the longest prompt and response together."""
     host_start: int
@@ -92,29 +105,16 @@ def plan(recipe: Recipe, machines: Machines, *, prompt_tokens: int | None = None
     training, serving = _divide(recipe, machines)
     rows = _rows_per_rank(recipe, training)
     prompt = prompt_tokens or recipe.data.max_prompt_tokens or USUAL_PROMPT
-    longest = prompt + recipe.rollout.max_new_tokens
+    lengths = Lengths.of(recipe, prompt)
+    longest = lengths.row
     # A row longer than the budget is a micro-batch by itself; fewer rows than the budget holds are all there is.
     part = -(-rows // recipe.actor.minibatches)
     micro_batch = min(max(recipe.actor.max_tokens_per_microbatch, longest), part * longest)
-    parts = Parts.of(recipe, machines.sharding, training, micro_batch)
-    bare = bare_skeleton(recipe.model)
-    rollout = recipe.rollout
-    if rollout.engine == "hf":
-        # A critic that continues states asks for more at a time than the engine takes.
-        continues = traits_of(recipe.critic).continuations > 0
-        asked = max(rows, rollout.max_num_seqs) if continues else rows
-        sampler = hf_sampler(bare, recipe.model, rollout, rows=asked, prompt_tokens=prompt)
-    else:
-        sampler = vllm_sampler(
-            bare,
-            recipe.model,
-            rollout,
-            gpu_memory=machines.gpu_memory,
-            share=share_of(recipe),
-            longest=_engine_context(recipe, bare, prompt_tokens),
-        )
-    phases = phases_of(recipe, parts, sampler, several=training > 1)
-    problems, shortfall = _problems(phases, sampler, machines.gpu_memory, longest)
+    parts = Parts.of(recipe, machines.sharding, training, micro_batch, lengths.critic_row)
+    sampler = _sampler(recipe, machines, lengths, rows, prompt_tokens)
+    seconds = second_engines(recipe, lengths, gpu_memory=machines.gpu_memory)
+    phases = phases_of(recipe, parts, sampler, seconds, several=training > 1)
+    problems, shortfall = _problems(phases, sampler, seconds, machines.gpu_memory, longest)
     # Engines are asleep, and their weights in main memory, while the policy learns.
     per_node = min(machines.gpus, training)
     return Plan(
@@ -125,12 +125,46 @@ def plan(recipe: Recipe, machines: Machines, *, prompt_tokens: int | None = None
         critic=parts.critic_shape,
         phases=phases,
         sampler=sampler,
+        seconds=tuple(seconds),
+        lengths=lengths,
         micro_batch=micro_batch,
         row_tokens=longest,
         host_start=per_node * parts.loaded,
         host=per_node * (parts.policy.host + parts.critic.host + sampler.host),
         problems=problems,
         shortfall=shortfall,
+    )
+
+
+def _sampler(
+    recipe: Recipe, machines: Machines, lengths: Lengths, rows: int, prompt_tokens: int | None
+) -> Sampler:
+    """The policy's engine, which a critic may share."""
+    bare, rollout = bare_skeleton(recipe.model), recipe.rollout
+    critic = writing_critic(recipe)
+    shared = critic is not None and critic.engine == "shared"
+    if shared and (model := critic_model(recipe)) is not None:
+        check_shapes(bare, bare_skeleton(model), model.name)
+    if rollout.engine == "hf":
+        # A critic that asks at states asks for more at a time than the engine takes.
+        asks = shared or traits_of(recipe.critic).continuations > 0
+        asked = max(rows, rollout.max_num_seqs) if asks else rows
+        requests = [(lengths.read, rollout)]
+        if shared:
+            writes = rollout.model_copy(update={"max_new_tokens": lengths.critic_written})
+            requests.append((lengths.critic_read, writes))
+        samplers = [
+            hf_sampler(bare, recipe.model, asking, rows=asked, prompt_tokens=read)
+            for read, asking in requests
+        ]
+        return max(samplers, key=lambda each: sum(each.awake.values()))
+    return vllm_sampler(
+        bare,
+        recipe.model,
+        rollout,
+        gpu_memory=machines.gpu_memory,
+        share=share_of(recipe),
+        longest=_engine_context(recipe, bare, prompt_tokens),
     )
 
 
@@ -145,7 +179,10 @@ def _engine_context(recipe: Recipe, model: Skeleton, prompt_tokens: int | None) 
     rollout, evaluation = recipe.rollout, recipe.evaluation
     context = model.context or 0
     prompt = prompt_tokens or recipe.data.max_prompt_tokens
-    if rollout.max_model_len or rollout.servers or prompt is None:
+    own_words = (
+        isinstance(plan_of(recipe), WritesPrompts) or traits_of(recipe.critic).writes_prompts
+    )
+    if rollout.max_model_len or rollout.servers or prompt is None or own_words:
         return rollout.max_model_len or context  # `llmac serve` sees no prompts
     longest = prompt + rollout.max_new_tokens
     if evaluation is not None:
@@ -189,7 +226,11 @@ def _rows_per_rank(recipe: Recipe, ranks: int) -> int:
 
 
 def _problems(
-    phases: tuple[Phase, ...], sampler: Sampler, gpu_memory: int, row_tokens: int
+    phases: tuple[Phase, ...],
+    sampler: Sampler,
+    seconds: Sequence[SecondEngine],
+    gpu_memory: int,
+    row_tokens: int,
 ) -> tuple[tuple[str, ...], int]:
     found: list[str] = []
     missing = 0
@@ -202,16 +243,20 @@ def _problems(
                 f"{phase.items[largest] / GIB:.1f} GiB"
             )
             missing += over
-    if sampler.cache < 0:
-        found.append(
-            f"sampler: {-sampler.cache / GIB:.1f} GiB more for weights and working memory than "
-            "rollout.gpu_memory_utilization allows"
-        )
-        missing -= sampler.cache
-    elif sampler.cache_tokens < max(row_tokens, sampler.longest):
-        wanted = max(row_tokens, sampler.longest)
-        found.append(
-            f"sampler: the cache holds {sampler.cache_tokens} tokens, and one response may have {wanted}"
-        )
-        missing += (wanted - sampler.cache_tokens) * sampler.cache // max(1, sampler.cache_tokens)
+    engines = [("sampler", sampler, row_tokens)]
+    engines += [(second.item, second.sampler, second.row) for second in seconds]
+    for name, engine, row in engines:
+        wanted = max(row, engine.longest)
+        if engine.cache < 0:
+            found.append(
+                f"{name}: {-engine.cache / GIB:.1f} GiB more for weights and working memory than "
+                "rollout.gpu_memory_utilization allows"
+            )
+            missing -= engine.cache
+        elif engine.cache_tokens < wanted:
+            found.append(
+                f"{name}: the cache holds {engine.cache_tokens} tokens, and one response may have {wanted}"
+            )
+            tokens = wanted - engine.cache_tokens
+            missing += tokens * engine.cache // max(1, engine.cache_tokens)
     return tuple(found), missing

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmac.placement.plan import Plan
-from llmac.placement.sampling import GIB
+from llmac.placement.sampling import GIB, Sampler
 from llmac.placement.skeletons import Skeleton
 from llmac.placement.ways_out import WayOut
 
@@ -28,7 +28,7 @@ def table(plan: Plan, ways_out: Sequence[WayOut]) -> RenderableType:
     grid.add_row("total", *(_gib(phase.total) for phase in plan.phases), style="bold")
     free = [plan.machines.gpu_memory - phase.total for phase in plan.phases]
     grid.add_row("free", *(_gib(size) for size in free))
-    head, below = map(Text, _head(plan)), map(Text, (_sampling(plan), _host(plan)))
+    head, below = map(Text, _head(plan)), map(Text, (*_sampling(plan), _host(plan)))
     return Group(*head, Text(), grid, Text(), *below, *_end(plan, ways_out))
 
 
@@ -54,7 +54,21 @@ def as_json(plan: Plan, ways_out: Sequence[WayOut]) -> str:
                 {"name": phase.name, "total_bytes": phase.total, "bytes": dict(phase.items)}
                 for phase in plan.phases
             ],
-            "cache": {"tokens": sampler.cache_tokens, "responses": _responses(plan)},
+            "cache": {
+                "tokens": sampler.cache_tokens,
+                "responses": _responses(sampler, plan.row_tokens),
+            },
+            "second_engines": [
+                {
+                    "whose": second.whose,
+                    "row_tokens": second.row,
+                    "cache": {
+                        "tokens": second.sampler.cache_tokens,
+                        "responses": _responses(second.sampler, second.row),
+                    },
+                }
+                for second in plan.seconds
+            ],
             "host_bytes": {"start": plan.host_start, "training": plan.host},
             "problems": list(plan.problems),
             "ways_out": [
@@ -109,22 +123,26 @@ _ORDER = (
     "KV cache",
     "sampler workspace",
     "sleeping sampler",
+    "critic's engine",
+    "partner's engine",
     "sync bucket",
     "CUDA and NCCL",
     "fragmentation",
 )
 
 
-def _sampling(plan: Plan) -> str:
-    sampler = plan.sampler
-    return (
-        f"KV cache of one engine: {sampler.cache_tokens:,} tokens, {_responses(plan):,} responses of {plan.row_tokens} "
-        f"at once (limit {sampler.rows})"
-    )
+def _sampling(plan: Plan) -> list[str]:
+    engines = [("one engine", plan.sampler, plan.row_tokens)]
+    engines += [(f"the {second.item}", second.sampler, second.row) for second in plan.seconds]
+    return [
+        f"KV cache of {name}: {sampler.cache_tokens:,} tokens, {_responses(sampler, row):,} responses of {row} at once "
+        f"(limit {sampler.rows})"
+        for name, sampler, row in engines
+    ]
 
 
-def _responses(plan: Plan) -> int:
-    return min(plan.sampler.rows, plan.sampler.cache_tokens // plan.row_tokens)
+def _responses(sampler: Sampler, row: int) -> int:
+    return min(sampler.rows, sampler.cache_tokens // row)
 
 
 def _host(plan: Plan) -> str:

@@ -8,6 +8,8 @@ from llmac.config.schema import LoraConfig, Recipe
 from llmac.errors import ConfigError
 from llmac.placement.parts import head_settings
 from llmac.placement.plan import Machines, Plan, plan, share_of
+from llmac.placement.sampling import Sampler
+from llmac.placement.second_engines import writing_critic
 from llmac.placement.sharding import Sharding
 
 ENOUGH = 3
@@ -132,14 +134,16 @@ def _candidates(recipe: Recipe, machines: Machines, now: Plan) -> Iterator[_Chan
     if rollout.engine == "vllm" and rollout.sleep_level == 0:
         yield _set("rollout.sleep_level", 1)
     if rollout.engine != "hf":
-        if now.sampler.longest > now.row_tokens:
-            yield _set("rollout.max_model_len", now.row_tokens)
+        yield from _contexts(recipe, now)
         if rollout.kv_cache_mb is None:
             yield from _utilization(share_of(recipe))
     rows = rollout.max_num_seqs
     for divisor in (2, 4, 8):
         if rows // divisor >= 16:
             yield _set("rollout.max_num_seqs", rows // divisor)
+    critic = writing_critic(recipe)
+    if critic is not None and critic.engine == "own" and critic.learns and critic.sync_every == 1:
+        yield _set("critic.engine", "shared")
     if not model.gradient_checkpointing:
         yield _set("model.gradient_checkpointing", True)
     tokens = recipe.actor.max_tokens_per_microbatch
@@ -160,6 +164,25 @@ def _candidates(recipe: Recipe, machines: Machines, now: Plan) -> Iterator[_Chan
             if span > rollout.tensor_parallel_size:
                 yield _set("rollout.tensor_parallel_size", span)
     yield from _last_resorts(recipe)
+
+
+def _contexts(recipe: Recipe, now: Plan) -> Iterator[_Change]:
+    """Engines that promise to hold no longer requests than there are."""
+    critic, lengths = writing_critic(recipe), now.lengths
+    if critic is None:
+        if now.sampler.longest > now.row_tokens:
+            yield _set("rollout.max_model_len", now.row_tokens)
+    elif any(engine.longest > lengths.critic_row for engine in _of_critic(now)):
+        room = max(now.row_tokens, lengths.critic_row)
+        both = {
+            "rollout.max_model_len": room,
+            "critic.max_prompt_tokens": room - critic.max_new_tokens,
+        }
+        yield _Change(words=" ".join(f"{k}={v}" for k, v in both.items()), settings=both)
+
+
+def _of_critic(now: Plan) -> list[Sampler]:
+    return [now.sampler, *(each.sampler for each in now.seconds if each.whose == "critic")]
 
 
 def _last_resorts(recipe: Recipe) -> Iterator[_Change]:

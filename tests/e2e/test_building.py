@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmac.algorithms.grpo import GRPO
 from llmac.api import run
@@ -193,8 +193,9 @@ def test_a_plan_that_speaks_is_handed_the_policy_and_its_partner(
 
 
 def test_all_engines_are_closed_when_a_partner_cannot_be_loaded(settings, engines, tmp_path):
-    (tmp_path / "nobody").mkdir()
-    settings["algorithm"] = Talks(group_size=4, partner_model=str(tmp_path / "nobody"))
+    nobody = tmp_path / "nobody"  # with a tokenizer, without weights
+    AutoTokenizer.from_pretrained(settings["model"]["name"]).save_pretrained(nobody)
+    settings["algorithm"] = Talks(group_size=4, partner_model=str(nobody))
     with pytest.raises(ConfigError, match="nobody"):
         run(load_recipe(settings))
     assert [engine.closed for engine in engines] == [1]
