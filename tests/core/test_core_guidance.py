@@ -23,7 +23,7 @@ P = torch.tensor([[0.5, 0.3, 0.2]])
 ALL = torch.tensor([[0, 1, 2]])
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, torch.tensor([expected]), atol=2e-5, rtol=0)
 
 
@@ -38,7 +38,7 @@ def close(found, expected):
 @pytest.mark.parametrize("others", ["zero", "keep"])
 def test_ratio_of_success_reweights_the_candidates(lam, expected, others):
     weights = value_ratio(torch.zeros(1), torch.tensor([[-1.0, 1.0, 0.0]]), lam=lam)
-    close(reweighted(P, ALL, weights, others=others), expected)
+    assert_close(reweighted(P, ALL, weights, others=others), expected)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_ratio_of_success_reweights_the_candidates(lam, expected, others):
 )
 def test_exponential_of_values_reweights_the_candidates(lam, expected):
     values = torch.tensor([[0.2, 0.6, 0.9]])
-    close(found := reweighted(P, ALL, value_tilt(values, lam=lam)), expected)
+    assert_close(found := reweighted(P, ALL, value_tilt(values, lam=lam)), expected)
     if lam == 1:
         assert float((found * values).sum()) == pytest.approx(0.54136, abs=1e-5)
 
@@ -56,15 +56,15 @@ def test_tokens_that_nobody_valued_get_nothing_or_stay_as_they_were():
     two, after = torch.tensor([[2, 1]]), torch.tensor([[0.8, 0.4]])
     weights = value_ratio(torch.tensor([0.4]), after, scale="probability")
     # 0.2 x 0.8/0.4 = 0.4, 0.3 x 1 = 0.3
-    close(reweighted(P, two, weights), [0.0, 0.3 / 0.7, 0.4 / 0.7])
-    close(reweighted(P, two, weights, others="keep"), [0.5 / 1.2, 0.3 / 1.2, 0.4 / 1.2])
+    assert_close(reweighted(P, two, weights), [0.0, 0.3 / 0.7, 0.4 / 0.7])
+    assert_close(reweighted(P, two, weights, others="keep"), [0.5 / 1.2, 0.3 / 1.2, 0.4 / 1.2])
 
 
 def test_exact_probabilities_of_success_give_the_policy_given_success():
     success = torch.tensor([[0.2, 0.6, 0.9]])
     before = (P * success).sum(dim=1)  # 0.46
     weights = value_ratio(before, success, scale="probability")
-    close(reweighted(P, ALL, weights), [0.10 / 0.46, 0.18 / 0.46, 0.18 / 0.46])
+    assert_close(reweighted(P, ALL, weights), [0.10 / 0.46, 0.18 / 0.46, 0.18 / 0.46])
     assert float((P * weights.exp()).sum()) == pytest.approx(1.0)  # Bayes needs no normalising
 
 
@@ -80,7 +80,7 @@ def test_a_token_without_probability_stays_without():
     probs = torch.tensor([[0.6, 0.4, 0.0]])
     for others in ("zero", "keep"):
         found = reweighted(probs, ALL, torch.tensor([[0.0, 0.0, 9.0]]), others=others)
-        close(found, [0.6, 0.4, 0.0])
+        assert_close(found, [0.6, 0.4, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_a_token_without_probability_stays_without():
 )
 def test_difference_of_small_models_shifts_the_large_one(lam, expected):
     base, tuned, reference = (torch.tensor([x]) for x in ([2.0, 1, 0], [1.0, 2, 0], [1.0, 1, 0]))
-    close(shifted_logits(base, [(tuned, reference)], lam=lam).softmax(dim=1), expected)
+    assert_close(shifted_logits(base, [(tuned, reference)], lam=lam).softmax(dim=1), expected)
     # A constant of a row cancels, and two pairs add up.
     twice = shifted_logits(base, [(tuned + 3, reference - 1)] * 2, lam=lam / 2)
-    close(twice.softmax(dim=1), expected)
+    assert_close(twice.softmax(dim=1), expected)
 
 
 def test_vocabularies_of_other_widths_meet_in_the_narrowest():
@@ -182,5 +182,5 @@ def test_the_critic_of_critic_control_learns_from_gae():
     values, rewards = torch.tensor([[0.2, 0.4, 0.1]]), torch.tensor([[0.0, 0.0, 1.0]])
     everywhere = torch.ones(1, 3, dtype=torch.bool)
     found = segment_gae(rewards, values, everywhere, torch.zeros(1), gamma=0.99, lam=0.95)
-    close(found, [0.709, 0.54545, 0.9])
+    assert_close(found, [0.709, 0.54545, 0.9])
     assert float((found**2).sum()) == pytest.approx(1.61019, abs=1e-5)
