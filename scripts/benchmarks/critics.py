@@ -57,8 +57,8 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of this part, and of `credit`."""
-    group = parser.add_argument_group("critics, credit")
+    """Those of this part, and of others over seeds."""
+    group = parser.add_argument_group("critics, credit; guided reads --seeds and --docs")
     group.add_argument("--seeds", type=int, default=5, help="runs of each setting")
     group.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     group.add_argument("--only", nargs="+", metavar="SETTING", help="rows of the table")
