@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmac.config import Recipe
+from llmac.config import Recipe, verify
 from llmac.core.collate import collate
 from llmac.core.protocols import Decode, SamplingParams
 from llmac.core.scores import parse_score, value_of_score
@@ -120,6 +120,7 @@ def critic_traces(recipe: Recipe, rollouts: Path, path: Path, how: Tracing) -> T
         ConfigError: the critic writes no scores, the file exists, or there is no such teacher.
         DataError: the responses cannot be used, the teacher failed, or nothing is left.
     """
+    verify(recipe)
     critic = recipe.critic.settings if recipe.critic else None
     if not isinstance(critic, GenerativeConfig):
         named = recipe.critic.name if recipe.critic else "none"
