@@ -73,9 +73,16 @@ class ValueModelSays:
 class CriticSays:
     """A `SaysValues` over a live critic, of any kind that can value a response that was cut: V(s_T)."""
 
-    def __init__(self, critic: Critic) -> None:
-        """The critic is asked and learns nothing."""
+    def __init__(self, critic: Critic, *, length_limit: int | None = None) -> None:
+        """The critic is asked and learns nothing.
+
+        Args:
+            critic: any.
+            length_limit: response length, tokens, at which sampling will be cut, for critics that want to know how much
+                is left; None: that of the longest state of a call.
+        """
         self._critic = critic
+        self._length_limit = length_limit
 
     def values_of(self, states: Sequence[State]) -> list[float]:
         """What the critic would bootstrap from if sampling had ended there."""
@@ -83,7 +90,8 @@ class CriticSays:
             return []
         groups = {prompt: number for number, prompt in enumerate({s.prompt.id for s in states})}
         rows = [_row(state, groups[state.prompt.id]) for state in states]
-        batch = collate(rows, length_limit=max(len(row.response_ids) for row in rows))
+        longest = max(len(row.response_ids) for row in rows)
+        batch = collate(rows, length_limit=self._length_limit or longest)
         rollouts = Rollouts.of(batch, old_logprobs=torch.zeros_like(batch.sampler_logprobs))
         nowhere = torch.zeros_like(batch.action_mask)
         return self._critic.values(rollouts, nowhere).bootstrap.tolist()

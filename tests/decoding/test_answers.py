@@ -58,7 +58,9 @@ def test_the_policy_that_a_critic_knows_is_told_by_its_run(tmp_path):
     pretrained = provenance(tmp_path / "critic")
     assert pretrained == Provenance(policy="start/policy", response_tokens=50)
     assert provenance(tmp_path.parent) is None
-    assert misfits(of_run, policy=str(tmp_path / "critic" / ".." / "final"), response_tokens=50) == []
+    assert (
+        misfits(of_run, policy=str(tmp_path / "critic" / ".." / "final"), response_tokens=50) == []
+    )
     [other] = misfits(pretrained, policy="other/policy", response_tokens=50)
     assert "start/policy" in other
     assert "other/policy" in other
@@ -87,6 +89,7 @@ class Counts:
     def values(self, rollouts, starts):
         assert not starts.any()
         lengths = rollouts.action_mask.sum(dim=1).float()
+        self.limit = rollouts.length_limit
         return Values(
             at=torch.zeros_like(rollouts.rewards),
             starts=starts,
@@ -100,5 +103,9 @@ class Counts:
 def test_a_live_critic_values_states_as_responses_that_were_cut_there():
     prompt = Prompt(id="p", token_ids=(1,), source="?")
     states = [State(prompt=prompt, response_ids=ids) for ids in ((5, 6), (), (7,))]
-    assert CriticSays(Counts()).values_of(states) == [2.0, 0.0, 1.0]
+    critic = Counts()
+    assert CriticSays(critic).values_of(states) == [2.0, 0.0, 1.0]
+    assert critic.limit == 2
+    assert CriticSays(critic, length_limit=9).values_of(states) == [2.0, 0.0, 1.0]
+    assert critic.limit == 9
     assert CriticSays(Counts()).values_of([]) == []
