@@ -28,6 +28,7 @@ FLAGS = {
     Sharding.ZERO3_OFFLOAD: ["--offload"],
     Sharding.FSDP2: ["--fsdp2"],
 }
+UNTRAINED = ("critic.init=policy",)
 LENGTHS = ("data.max_prompt_tokens=512",)
 ADAPTERS = ("model.lora.r=16", "critic.lora=true")
 SERVER = ("rollout.engine=vllm_server",)
@@ -44,6 +45,7 @@ GROUPS = {
     "passes": ("activations", "logits", "bfloat16 copies of weights", "optimizer's step"),
     "buffers": ("buffers", "sync bucket"),
     "sampler": ("sampler weights", "KV cache", "sampler workspace", "sleeping sampler"),
+    "second engine": ("critic's engine", "partner's engine"),
     "rest": ("CUDA and NCCL", "fragmentation"),
 }
 
@@ -63,26 +65,32 @@ class Placement:
 
     @property
     def recipe(self) -> str:
-        return f"recipes/gsm8k_{self.algorithm}.yaml"
+        task = "math" if self.algorithm == "genac" else "gsm8k"
+        return f"recipes/{task}_{self.algorithm}.yaml"
 
     def overrides(self, name: str) -> list[str]:
         precision = BFLOAT16 if self.bfloat16 else ()
-        return [f"model.name={name}", *precision, *LENGTHS, *self.settings]
+        lengths = () if self.algorithm == "genac" else LENGTHS
+        return [f"model.name={name}", *precision, *lengths, *self.settings]
+
+    def planned(self, name: str) -> list[str]:
+        """With a critic whose shape is known before the stages that make it."""
+        return [*self.overrides(name), *(UNTRAINED if self.algorithm == "genac" else ())]
 
     def plan(self) -> Plan:
-        recipe = load_recipe(ROOT / self.recipe, self.overrides(str(ROOT / self._folder)))
+        recipe = load_recipe(ROOT / self.recipe, self.planned(str(ROOT / self._folder)))
         return plan(recipe, self._machines())
 
     def printed(self) -> str:
         """What the command prints."""
-        recipe = load_recipe(ROOT / self.recipe, self.overrides(str(ROOT / self._folder)))
+        recipe = load_recipe(ROOT / self.recipe, self.planned(str(ROOT / self._folder)))
         out = io.StringIO()
         show(self.plan(), ways_out(recipe, self._machines()), file=out)
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
     def command(self) -> str:
         nodes = ["--nodes", str(self.nodes)] if self.nodes > 1 else []
-        words = ["llmac", "plan", self.recipe, *self.overrides(self._folder)]
+        words = ["llmac", "plan", self.recipe, *self.planned(self._folder)]
         words += ["--gpus", str(self.gpus), "--gpu-memory", str(GPU_GIB), *nodes]
         return shlex.join([*words, *FLAGS[self.sharding]])
 
@@ -94,8 +102,12 @@ class Placement:
         if self.nodes > 1:
             words += ["--num_machines", str(self.nodes), "--machine_rank", "<0 or 1>"]
             words += ["--main_process_ip", "<first machine>", "--main_process_port", "29500"]
-        words += ["recipes/train.py", self.recipe, *self.overrides(f"Qwen/Qwen2.5-{self.model}")]
+        words += ["recipes/train.py", self.recipe, *self.overrides(self._on_hub)]
         return shlex.join(words)
+
+    @property
+    def _on_hub(self) -> str:
+        return f"Qwen/{self.model}-Base" if "Qwen" in self.model else f"Qwen/Qwen2.5-{self.model}"
 
     @property
     def _folder(self) -> str:
@@ -187,11 +199,34 @@ PLACEMENTS = {
         )
         for algorithm in ("grpo", "ppo")
     ],
+    "8 GPUs, a critic that writes: GenAC with two models of 8B, solutions of up to 8,192 tokens": [
+        Placement(
+            model="Qwen3-8B",
+            algorithm="genac",
+            gpus=8,
+            sharding=Sharding.ZERO3,
+            settings=("critic.engine=shared", "rollout.gpu_memory_utilization=0.45"),
+        ),
+        Placement(
+            model="Qwen3-8B",
+            algorithm="genac",
+            gpus=8,
+            sharding=Sharding.ZERO3_OFFLOAD,
+            settings=("critic.engine=own", "rollout.gpu_memory_utilization=0.4"),
+        ),
+    ],
 }
 WRITTEN_OUT = [
     PLACEMENTS["8 GPUs, colocated"][3],
     PLACEMENTS["2 x 8 GPUs, colocated"][1],
     Placement(model="7B", algorithm="ppo", gpus=2, sharding=Sharding.DDP),
+    Placement(
+        model="Qwen3-8B",
+        algorithm="genac",
+        gpus=8,
+        sharding=Sharding.ZERO3,
+        settings=("critic.engine=own", "rollout.gpu_memory_utilization=0.3"),
+    ),
 ]
 
 
