@@ -41,11 +41,12 @@ _SCHEMA: Mapping[str, pyarrow.DataType] = {
     "fresh_from": pyarrow.int64(),
     "value_span": pyarrow.list_(pyarrow.float64()),
     "sibling_std": pyarrow.float64(),
+    "baseline_reward": pyarrow.float64(),
     "age": pyarrow.int64(),
     "monte_carlo": pyarrow.list_(pyarrow.float64()),
 }
 
-_LATER: Mapping[str, Any] = {"sibling_std": None, "age": 0}
+_LATER: Mapping[str, Any] = {"sibling_std": None, "baseline_reward": None, "age": 0}
 """Columns that older files lack, and what their responses have there."""
 
 
@@ -209,6 +210,7 @@ def _row(trajectory: Trajectory, monte_carlo: Sequence[float | None] | None) -> 
         "fresh_from": trajectory.fresh_from,
         "value_span": trajectory.value_span,
         "sibling_std": trajectory.sibling_std,
+        "baseline_reward": trajectory.baseline_reward,
         "age": trajectory.age,
         "monte_carlo": monte_carlo,
     }

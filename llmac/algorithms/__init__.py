@@ -34,6 +34,7 @@ ALGORITHMS: dict[str, str] = {
     "rl4f": "llmac.algorithms.rl4f:RL4F",
     "critique_loop": "llmac.algorithms.critique_loop:CritiqueLoop",
     "critique_filter": "llmac.algorithms.critique_filter:CritiqueFilter",
+    "coderl": "llmac.algorithms.coderl:CodeRL",
     "reinforce_pp": "llmac.algorithms.reinforce_pp:ReinforcePP",
     "reinforce_pp_baseline": "llmac.algorithms.reinforce_pp:ReinforcePPBaseline",
     "gspo": "llmac.algorithms.gspo:GSPO",

@@ -19,6 +19,18 @@ def critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:
         )
     if critic is None:
         return
+    if (
+        getattr(card, "uses_outcome_chances", False) and not traits.says_outcome_chances
+    ):  # cards differ
+        yield (
+            f"{name} weighs tokens by how likely the outcome was after them, and critic {critic.name} has no classes "
+            "of outcomes; set critic: code_outcomes or outcome_classes"
+        )
+    if not (traits.judges_states or getattr(card, "uses_outcome_chances", False)):  # cards differ
+        yield (
+            f"critic {critic.name} learns what whole responses came to, and {name} takes it at its word at single "
+            "states; set critic: outcome_classes, or algorithm.name: coderl"
+        )
     if card.plan_knows_values and not traits.repeats_the_plan:
         yield (
             f"critic {critic.name} would be asked for values that the trees of {name} know already; set critic: "

@@ -32,6 +32,8 @@ class Traits:
     """Whether it learns, if it has a learning rate at all."""
     says_outcome_chances: bool = False
     """Whether it has classes of outcomes, and says how likely a response's own was after each of its tokens."""
+    judges_states: bool = True
+    """Whether what it says of a single state is a value, and not a part of its judgement of the whole response."""
     reuse: bool = False
     """Whether it offers what it sampled to be trained on."""
 

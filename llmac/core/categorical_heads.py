@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmac.core.distributions import (
@@ -144,6 +144,29 @@ class OutcomeClasses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PooledOutcomes(OutcomeClasses):
+    """Outcomes of whole responses: one class by the largest logit over the tokens, as CodeRL has it.
+
+        E_t = max_{j<=t} e_j        l_t = -log softmax(E_t)_u
+
+    e_t are the outputs after token t was read, u is the class with the reward nearest to the return.
+    Taught at the last token only, as card `coderl` teaches, the loss is CodeRL's (Le et al. 2022,
+    arXiv:2207.01780), for the maximum runs over what has been read, and never over padding. What a
+    single e_t says is then no calibrated chance, but how much its token speaks for each outcome.
+    """
+
+    kind: ClassVar[str] = "pooled_outcomes"
+
+    def learn(self, raw: Float[Tensor, "B S K"], lesson: Lesson) -> Learned:
+        """Cross-entropy of the pooled outputs."""
+        _, outside = inside(lesson.returns, self.rewards[0], self.rewards[-1])
+        pooled = raw[:, 1:].cummax(dim=1).values.log_softmax(dim=-1)
+        wanted = nearest_class(lesson.returns, self.rewards)
+        loss = -pooled.gather(-1, wanted[..., None]).squeeze(-1)
+        return Learned(per_token=loss, shares={OUTSIDE: outside})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class C51(TwoHot):
     """The distribution of the return by bootstrapping, `lambda_distributions`, from what the head itself says.
 
@@ -171,6 +194,22 @@ class C51(TwoHot):
             lam=self.lam,
         )
         return Learned(per_token=cross_entropy(raw[:, :-1], wanted), shares={OUTSIDE: outside})
+
+
+def nearest_class(
+    returns: Float[Tensor, "*shape"], rewards: tuple[float, ...]
+) -> Int[Tensor, "*shape"]:
+    """Index of the class whose reward is nearest; of two equally near ones, the worse.
+
+    Args:
+        returns: unit of reward.
+        rewards: of the classes, ascending.
+
+    >>> nearest_class(torch.tensor([-.5, .9, 7.]), (-1., -.6, -.3, 1.))
+    tensor([1, 3, 3])
+    """
+    classes = torch.tensor(rewards, dtype=returns.dtype, device=returns.device)
+    return (returns[..., None] - classes).abs().argmin(dim=-1)
 
 
 def learn_nearest(

@@ -29,6 +29,7 @@ def plain(trajectory: Trajectory) -> dict[str, Any]:
         "policy_version": trajectory.policy_version,
         "value_span": trajectory.value_span,
         "sibling_std": trajectory.sibling_std,
+        "baseline_reward": trajectory.baseline_reward,
         "age": trajectory.age,
     }
 
@@ -60,6 +61,7 @@ def from_plain(entry: Mapping[str, Any]) -> Trajectory:
         policy_version=entry.get("policy_version", 0),
         value_span=None if span is None else (span[0], span[1]),
         sibling_std=entry.get("sibling_std"),
+        baseline_reward=entry.get("baseline_reward"),
         age=entry.get("age", 0),
     )
 

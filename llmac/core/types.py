@@ -85,6 +85,8 @@ class Trajectory:
     knows yet."""
     sibling_std: float | None = None
     """Population standard deviation of V(end) over the edges of the same parent; None: not an edge of a tree."""
+    baseline_reward: float | None = None
+    """Reward of a greedy response to the same prompt, which is no row of its own; None: nobody asked for one."""
     age: int = 0
     """Steps since it was sampled. Above 0 it is replayed, and π_old is what the sampler said then."""
 
@@ -175,6 +177,9 @@ class Values:
     """Where a value is known: each True begins a segment."""
     bootstrap: Float[Tensor, "B"]
     """V(s_T) of truncated rows; 0 for terminated ones."""
+    outcome_chances: Float[Tensor, "B T"] | None = None
+    """Chance of the outcome that the response had, as it is seen after a_t: it knows action and outcome, V knows
+    neither. None: the critic has no classes of outcomes."""
 
     def joined(self, others: "Values") -> "Values":
         """Those of `Rollouts.joined`."""

@@ -20,6 +20,7 @@ CRITICS: dict[str, str] = {
     "quantile": "llmac.critics.distribution_heads:QuantileConfig",
     "gaussian": "llmac.critics.distribution_heads:GaussianConfig",
     "outcome_classes": "llmac.critics.distribution_heads:OutcomeClassesConfig",
+    "code_outcomes": "llmac.critics.distribution_heads:CodeOutcomesConfig",
     "group_mean": "llmac.critics.baselines:GroupMeanConfig",
     "prefix_tree": "llmac.critics.prefix_tree:PrefixTreeConfig",
     "leave_one_out": "llmac.critics.baselines:LeaveOneOutConfig",

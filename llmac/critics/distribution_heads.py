@@ -2,9 +2,9 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from llmac.core.categorical_heads import C51, HLGauss, OutcomeClasses, TwoHot
+from llmac.core.categorical_heads import C51, HLGauss, OutcomeClasses, PooledOutcomes, TwoHot
 from llmac.core.value_heads import Bernoulli, Gaussian, Quantile
 from llmac.critics.head_config import HeadConfig
 from llmac.critics.refusals import refuse_range, refuse_unless
@@ -201,6 +201,8 @@ class OutcomeClassesConfig(HeadConfig):
     """Reward of each class, ascending (CodeRL: does not compile, crashes, fails a test, passes). Returns between two
     count as a mixture of both; `critic/vf_target_clipfrac` counts those beyond the ends."""
 
+    says_outcome_chances: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
@@ -220,3 +222,23 @@ class OutcomeClassesConfig(HeadConfig):
     def head(self) -> OutcomeClasses:
         """One class an outcome."""
         return OutcomeClasses(rewards=self.rewards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeOutcomesConfig(OutcomeClassesConfig):
+    """CodeRL's critic of whole responses: classes of outcomes by the largest logit over their tokens.
+
+    For `coderl`, which it tells how likely the outcome was after each token. What it says of single states is no
+    calibrated value, and other cards refuse it. Returns between two classes count as the nearest.
+    """
+
+    judges_states: ClassVar[bool] = False
+
+    reward_range: tuple[float, float] = (-1.0, 1.0)
+    """Smallest and largest return to expect (CodeRL's classes)."""
+    hidden_layers: tuple[int, ...] | None = (128,)
+    """Widths of hidden layers between the trunk and the outputs; 128 with ReLU in CodeRL."""
+
+    def head(self) -> PooledOutcomes:
+        """One class an outcome, of the whole response."""
+        return PooledOutcomes(rewards=self.rewards)

@@ -1,6 +1,7 @@
 """The live critic behind every head on a language model: asks, starts, teaches and saves a `ValueModel`."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from llmac.core.categorical_heads import OutcomeClasses, nearest_class
 from llmac.core.ensembles import spread
 from llmac.core.masking import aggregate, aggregation_weight
 from llmac.core.measures import Last, Mean, Measure, combine
@@ -16,7 +18,7 @@ from llmac.core.moments import Moments
 from llmac.core.types import CriticTargets, Loss, Rollouts, Values
 from llmac.core.value_heads import Learned, Lesson, Scalar
 from llmac.critics.outcomes import mean_outcome
-from llmac.critics.scatter import values_of
+from llmac.critics.scatter import chances_of, values_of
 from llmac.critics.target_network import TargetNetwork
 from llmac.models.packing import PackedRows, Packing, minibatches
 from llmac.models.value_heads import normalize, save_head, start_at
@@ -102,12 +104,25 @@ class HeadCritic:
             self._start_at(rollouts)
         micro = list(self._packing.packed(rollouts.trajectories))
 
-        def ask(module: nn.Module, packed: PackedRows) -> Tensor:
+        def ask(module: nn.Module, packed: PackedRows, *, raw: bool = False) -> Tensor:
             asked = module if self._target is None else self._target.module
-            return asked(packed.to(self._runtime.device)).cpu()
+            return asked(packed.to(self._runtime.device), raw=raw).cpu()
 
-        seen = self._learner.look(ask, [packed for _, packed in micro])
-        return values_of(micro, seen, rollouts, starts)
+        head, packed_rows = self._model.spec.head, [packed for _, packed in micro]
+        if not isinstance(head, OutcomeClasses):
+            seen = self._learner.look(ask, packed_rows)
+            return values_of(micro, seen, rollouts, starts)
+        outputs = self._learner.look(partial(ask, raw=True), packed_rows)
+        values = values_of(micro, map(self._model.spec.values, outputs), rollouts, starts)
+        return dataclasses.replace(
+            values,
+            outcome_chances=chances_of(
+                micro,
+                (raw.float().softmax(dim=-1).mean(dim=2) for raw in outputs),
+                nearest_class(rollouts.rewards.sum(dim=1), head.rewards),
+                starts.shape[1],
+            ),
+        )
 
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> dict[str, Measure]:
         """`epochs` passes towards the returns."""

@@ -12,14 +12,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmac.core.categorical_heads import C51, HLGauss, OutcomeClasses, TwoHot
+from llmac.core.categorical_heads import C51, HLGauss, OutcomeClasses, PooledOutcomes, TwoHot
 from llmac.core.ensembles import Combination
 from llmac.core.value_heads import Bernoulli, Gaussian, Head, Quantile, Scalar
 from llmac.errors import CheckpointError
 
 HEADS: dict[str, type[Head]] = {
     head.kind: head
-    for head in (Scalar, Bernoulli, HLGauss, TwoHot, C51, Quantile, Gaussian, OutcomeClasses)
+    for head in (
+        Scalar,
+        Bernoulli,
+        HLGauss,
+        TwoHot,
+        C51,
+        Quantile,
+        Gaussian,
+        OutcomeClasses,
+        PooledOutcomes,
+    )
 }
 """Every kind of head by its name. One more is a dataclass and a place in this list."""
 

@@ -55,6 +55,7 @@ def make_rollouts(
                 finish=Finish.LENGTH if row in truncated else Finish.STOP,
                 group=group[row],
                 reward=float(reward),
+                baseline_reward=0.25,
             )
         )
     batch = collate(trajectories, length_limit=length_limit)
@@ -113,6 +114,7 @@ def make_values(rollouts: Rollouts, *, seed: int = 1) -> Values:
         at=at,
         starts=rollouts.action_mask.clone(),
         bootstrap=torch.where(rollouts.truncated, bootstrap, 0.0),
+        outcome_chances=torch.rand(at.shape, generator=random, dtype=torch.float64).to(dtype),
     )
 
 

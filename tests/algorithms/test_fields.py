@@ -84,6 +84,8 @@ FLIPS = {
     "beta": ({"weight": "exp"}, 0.5),
     "weight": ({}, "exp"),
     "threshold": ({}, 0.2),
+    "relative_returns": ({}, False),
+    "teach_critic": ({}, False),
     "top_k": ({}, 2),
     "temperature": ({}, 0.1),
     "score_by": ({}, "reward"),

@@ -21,7 +21,7 @@ BUSY = {
 }
 WITHOUT_A_SAMPLER = {"sft", "critique_loop", "critique_filter"}
 """Cards whose term is the likelihood of what others said: no ratio, no advantage."""
-NOTHING_TO_CLIP = {"a2c", "pacs", "imitation", "rerank_distill", *WITHOUT_A_SAMPLER}
+NOTHING_TO_CLIP = {"a2c", "pacs", "imitation", "rerank_distill", "coderl", *WITHOUT_A_SAMPLER}
 every_card = pytest.mark.parametrize("name", ALGORITHMS)
 plain_and_busy = pytest.mark.parametrize("fields", [{}, BUSY], ids=["plain", "busy"])
 
@@ -42,8 +42,12 @@ def loss_of(algorithm, logprobs, rollouts, credit):
 def rows_of(values: Values | None, index: Tensor) -> Values | None:
     if values is None:
         return None
-    return Values(
-        at=values.at[index], starts=values.starts[index], bootstrap=values.bootstrap[index]
+    return dataclasses.replace(
+        values,
+        at=values.at[index],
+        starts=values.starts[index],
+        bootstrap=values.bootstrap[index],
+        outcome_chances=values.outcome_chances[index],
     )
 
 
@@ -89,7 +93,10 @@ def test_padding_changes_neither_loss_nor_gradient(name, fields, rollouts):
     )
     if values:
         values = Values(
-            at=widen(values.at, 55.0), starts=wide.action_mask, bootstrap=values.bootstrap
+            at=widen(values.at, 55.0),
+            starts=wide.action_mask,
+            bootstrap=values.bootstrap,
+            outcome_chances=widen(values.outcome_chances, 55.0),
         )
     garbage = torch.where(
         wide.action_mask, widen(logprobs.detach(), 0.0), torch.nan
@@ -154,8 +161,11 @@ def test_two_ranks_give_the_credit_of_one_process(name, fields, rollouts):
         given = rows_of(values, shares[r])
         width = part.action_mask.shape[1]
         if given:
-            given = Values(
-                at=given.at[:, :width], starts=given.starts[:, :width], bootstrap=given.bootstrap
+            given = dataclasses.replace(
+                given,
+                at=given.at[:, :width],
+                starts=given.starts[:, :width],
+                outcome_chances=given.outcome_chances[:, :width],
             )
         credits[r] = algorithm.credit(part, given, sum_across=sum_across)
 

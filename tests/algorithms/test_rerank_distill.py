@@ -107,7 +107,9 @@ def test_what_may_not_be_learned_is_no_candidate():
 def test_values_that_are_missing_or_not_asked_for_are_refused():
     rollouts, values = judged()
     algorithm = card("rerank_distill")
-    with pytest.raises(ValueError, match="RerankDistill ranks by the values of a critic and got none"):
+    with pytest.raises(
+        ValueError, match="RerankDistill ranks by the values of a critic and got none"
+    ):
         algorithm.credit(rollouts, None)
     with pytest.raises(ValueError, match="has no use for a critic's values"):
         card("rerank_distill", score_by="reward").credit(rollouts, values)

@@ -127,6 +127,7 @@ def test_what_waits_is_restored_to_the_bit():
             policy_version=8,
             value_span=(0.1, 1 / 3),
             sibling_std=0.0,
+            baseline_reward=0.5,
             age=3,
         ),
         row(5, response_ids=(), action_mask=(), sampler_logprobs=(), finish=Finish.PAUSED),

@@ -42,6 +42,7 @@ def full(**changes):
         "policy_version": 12,
         "value_span": (0.25, 0.5),
         "sibling_std": 0.125,
+        "baseline_reward": 0.25,
         "age": 2,
     }
     return Trajectory(**(fields | changes))
@@ -61,9 +62,10 @@ def test_every_field_of_a_response_comes_back_as_it_was(tmp_path):
 
 def test_a_file_from_before_there_were_trees_is_read(tmp_path):
     path = tmp_path / "a.parquet"
-    write_rollouts(path, [full(sibling_std=None, age=0)])
-    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop(["sibling_std", "age"]), path)
-    assert read_rollouts(path) == [full(sibling_std=None, age=0)]
+    later = {"sibling_std": None, "baseline_reward": None, "age": 0}
+    write_rollouts(path, [full(**later)])
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop(list(later)), path)
+    assert read_rollouts(path) == [full(**later)]
 
 
 def test_responses_without_tokens_reward_or_ascii_text_keep_their_place(tmp_path):

@@ -143,7 +143,11 @@ class TableEngine:
         logprobs = []
         for _ in range(number):
             distribution = self.logits[states(prompts, responses)[:, -1]].log_softmax(-1)
-            token = distribution.exp().multinomial(1, generator=random)
+            token = (
+                distribution.argmax(-1, keepdim=True)
+                if requests[0].params.temperature == 0
+                else distribution.exp().multinomial(1, generator=random)
+            )
             logprobs.append(distribution.gather(-1, token))
             responses = torch.cat([responses, token], dim=1)
         new = responses[:, begun.shape[1] - 1 :]
@@ -224,7 +228,10 @@ class TableCritic:
         )
 
     def update(self, rollouts: Rollouts, targets: CriticTargets) -> Metrics:
-        at = states(prompts_of(rollouts), rollouts.response_ids)[:, :-1][targets.value_mask]
+        return self.learn(states(prompts_of(rollouts), rollouts.response_ids)[:, :-1], targets)
+
+    def learn(self, where: Tensor, targets: CriticTargets) -> Metrics:
+        at = where[targets.value_mask]
         total = torch.zeros_like(self.table).index_add(0, at, targets.returns[targets.value_mask])
         count = torch.zeros_like(self.table).index_add(0, at, torch.ones(len(at)))
         seen = count > 0
@@ -238,6 +245,28 @@ class TableCritic:
         return self.update(
             rollouts, CriticTargets(returns=outcomes, value_mask=mask, old_values=outcomes)
         )
+
+
+class OutcomeCritic(TableCritic):
+    """Right and wrong as two classes: says how likely the one it was is, once a token is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table += 0.5
+
+    def values(self, rollouts: Rollouts, starts: Tensor) -> Values:
+        right = self.table[states(prompts_of(rollouts), rollouts.response_ids)][:, 1:]
+        chances = torch.where(rollouts.rewards.sum(-1, keepdim=True) > 0.5, right, 1 - right)
+        return dataclasses.replace(super().values(rollouts, starts), outcome_chances=chances)
+
+    def update(self, rollouts: Rollouts, targets: CriticTargets) -> Metrics:
+        at = states(prompts_of(rollouts), rollouts.response_ids)[:, 1:]
+        lessons = dataclasses.replace(
+            targets,
+            returns=targets.returns.sum(-1, keepdim=True).expand_as(at),
+            value_mask=rollouts.action_mask,
+        )
+        return self.learn(at, lessons)
 
 
 class PlannedCritic(TableCritic):
@@ -274,7 +303,8 @@ def train(
     if card.plan_knows_values:
         critic = PlannedCritic()
     elif critic is None and card.uses_values:
-        critic = TableCritic()
+        classes = card.default_critic == "code_outcomes"
+        critic = OutcomeCritic() if classes else TableCritic()
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     plan = plan or card.plan(
         prompts_per_step=max(rows // card.group_size, PROMPTS),
