@@ -7,7 +7,15 @@ import torch
 
 from llmac.algorithms import ALGORITHMS
 from llmac.algorithms.segmented import Segmented
-from llmac.core.segments import at_most, every_n, every_token, low_probability, response_start
+from llmac.core.segments import (
+    after_ends,
+    at_most,
+    ends_in_doubt,
+    every_n,
+    every_token,
+    low_probability,
+    response_start,
+)
 from llmac.core.types import Values
 
 from .making import card, card_class, lines, make_rollouts, make_values, ragged, segments_of
@@ -31,10 +39,14 @@ def test_each_segmenter_is_the_one_of_its_name(name, rollouts):
         ("every_n", "segment_tokens", 3): every_n(mask, 3),
         ("low_probability", "cut_below", 0.4, "cut_interval", 2): doubtful,
         ("response_start",): response_start(mask),
+        ("after_doubt", "cut_below", 0.4): after_ends(
+            ends_in_doubt(old, mask, threshold=0.4), mask
+        ),
         ("every_token", "max_segments", 2): at_most(every_token(mask), 2),
     }
     for (segmenter, *others), starts in expected.items():
-        fields = dict(zip(others[::2], others[1::2], strict=True))
+        fields = {"max_segments": None} if segmenter != "response_start" else {}
+        fields |= dict(zip(others[::2], others[1::2], strict=True))
         algorithm = card(name, segmenter=segmenter, **fields)
         assert not algorithm.reads_text
         assert torch.equal(algorithm.segments(rollouts), starts)
@@ -69,6 +81,7 @@ def test_tokens_of_a_segment_share_what_the_segment_changed(name):
             if name == "spo_chain"
             else {"whiten_advantages": False}
         ),
+        **({"center_advantages": False} if name == "genac" else {}),
     )
     values = dataclasses.replace(make_values(rollouts), starts=algorithm.segments(rollouts))
     credit = algorithm.credit(rollouts, values)
