@@ -99,19 +99,27 @@ def test_a_finished_beam_keeps_its_place_and_is_not_sampled_again():
         sampling=LONG,
     )
     assert [c.text for c in found.candidates] == ["=a", "=a", "=a"]
-    values = ByText({"=a": 0.5, "bbb": 0.6, "bbbbb": 2.0}.__getitem__)
+    # Kept when it ended, it stays, though both children of the other are worth more.
+    values = ByText({"=a": 0.7, "bbb": 0.6, "bbbbb": 2.0}.__getitem__)
     [found] = beam(
-        player,
+        player_of(lambda seen, sibling: say(seen, 0 if sibling == 0 else 1)),
         values,
         ["f"],
         block_tokens=3,
-        width=4,
-        expand=1,
+        width=2,
+        expand=2,
         answer=behind_equals,
         sampling=LONG,
     )
-    assert [c.text for c in found.candidates] == ["=a", "=a", "bbbbb", "bbbbb"]
+    assert [c.text for c in found.candidates] == ["=a", "bbbbb"]
     assert (found.chosen.answer, found.support) == ("a", 1.0)
+
+
+def test_the_last_block_is_no_longer_than_there_is_room():
+    player = player_of(lambda seen, sibling: "b" * 9)
+    [found] = beam(player, ByText(len), ["f"], block_tokens=4, width=1, expand=1, sampling=LONG)
+    assert [r.params.max_new_tokens for r in player.engine.requests] == [4, 2]
+    assert (found.chosen.text, found.chosen.finish) == ("bbbbbb", Finish.LENGTH)
 
 
 def test_a_beam_that_was_cut_is_not_chosen_over_a_finished_one():
@@ -125,21 +133,23 @@ def test_a_beam_that_was_cut_is_not_chosen_over_a_finished_one():
     assert found.chosen.text == "=a"
 
 
-def test_a_stop_string_over_the_edge_of_blocks_ends_the_beam():
-    sampling = SamplingParams(max_new_tokens=6, stop=("cd",), seed=0)
+@pytest.mark.parametrize(("block_tokens", "word"), [(3, "cd"), (2, "bcd")])
+def test_a_stop_string_over_the_edge_of_blocks_ends_the_beam(block_tokens, word):
+    """In the middle of the later block, and with its last token."""
+    sampling = SamplingParams(max_new_tokens=6, stop=(word,), seed=0)
     values = ByText(len)
     [found] = beam(
         player_of(lambda seen, sibling: "abcdef"[len(seen) - 1 :]),
         values,
         ["f"],
-        block_tokens=3,
+        block_tokens=block_tokens,
         width=1,
         expand=1,
         sampling=sampling,
     )
     assert (found.chosen.text, found.chosen.finish) == ("abcd", Finish.STOP)
     assert values.asked[-1] == "abc"  # before its last token
-    assert found.sampled_tokens == 6  # what was thrown away was sampled
+    assert found.sampled_tokens == 2 * block_tokens  # what was thrown away was sampled
 
 
 def test_numbers_below_one_are_refused():

@@ -9,8 +9,8 @@ from llmac.decoding.answers import behind_equals
 from llmac.errors import ConfigError
 from tests.decoding.scripted import ByText, player_of
 
-SAID = ["a=b", "c=b", "e=d", "abcdefabc"]
-WORTH = {"a=b": 0.2, "c=b": 0.3, "e=d": 0.6, "abcdefab": 0.9}
+SAID = ["a=b", "c=b", "e=d", "abc=fabcd"]
+WORTH = {"a=b": 0.2, "c=b": 0.3, "e=d": 0.6, "abc=fabc": 0.9}
 SAMPLING = SamplingParams(max_new_tokens=8, seed=3)
 
 
@@ -74,7 +74,7 @@ def test_a_group_speaks_through_its_best_member():
 
 
 def test_a_certain_failure_weighs_nothing():
-    worth = {"a=b": 0.5, "c=b": 0.5, "e=d": 0.9, "abcdefab": 0.0}
+    worth = {"a=b": 0.5, "c=b": 0.5, "e=d": 0.9, "abc=fabc": 0.0}
     ask = {"answer": behind_equals, "sampling": SAMPLING}
     [from_zero] = weighted_vote(player_of(say), ByText(worth.__getitem__), ["a"], 4, **ask)
     [from_half] = weighted_vote(

@@ -1,5 +1,6 @@
 """`llmac generate` with a run's policy and critic, all methods, from the command line."""
 
+import importlib.util
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from llmac.cli import main
 from llmac.config import load_recipe
 from llmac.models.value_heads import HEAD_FILE
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def ask(home, finished, output, method, *words):
     )
 
 
+@slow
 @pytest.mark.parametrize(
     ("method", "words"),
     [
@@ -76,6 +78,7 @@ def test_every_method_answers_every_prompt(method, words, home, finished, tmp_pa
             assert line["value"] == max(ended or [c["value"] for c in line["candidates"]])
 
 
+@slow
 def test_a_critic_of_another_policy_is_warned_of(home, finished, tmp_path, caplog):
     words = ["--critic", str(finished), "--n", "2"]
     assert ask(home, finished, tmp_path / "own", "best_of_n", *words) == 0
@@ -87,7 +90,19 @@ def test_a_critic_of_another_policy_is_warned_of(home, finished, tmp_path, caplo
     assert "up to 8 tokens" in caplog.text
 
 
+@slow
 def test_a_run_that_left_no_model_is_no_model(home, finished, tmp_path, capsys):
     shutil.copy(finished / "config.yaml", tmp_path / "config.yaml")
     assert ask(home, tmp_path, tmp_path / "x", "vote") == 1
     assert "has no final/ model" in capsys.readouterr().err
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+# vLLM and what it imports use names their own dependencies have deprecated.
+@pytest.mark.filterwarnings("ignore")
+def test_vllm_samples_for_a_vote(home, vllm_home, tmp_path):
+    words = ["--engine", "vllm", "--n", "3", "--answer", "regex:[a-f]"]
+    assert ask(home, vllm_home, tmp_path / "out", "vote", *words) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert all(len(line["candidates"]) == 3 for line in lines)
