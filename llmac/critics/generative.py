@@ -22,7 +22,7 @@ from llmac.critics.generative_context import (
     SuccessRate,
 )
 from llmac.critics.generative_critic import SETTINGS_FILE, TEMPLATE_FILE, Generative
-from llmac.critics.generative_engine import CriticVoice, check_alike
+from llmac.critics.generative_engine import CriticVoice
 from llmac.critics.generative_learning import ScoreLearner
 from llmac.critics.generative_prompt import CriticTemplate
 from llmac.critics.refusals import refuse_infinite, refuse_range, refuse_unless
@@ -210,8 +210,6 @@ class GenerativeConfig(Optimization):
         most = self._most_prompt_tokens(spec)
         policy = None if not self.learns else self._policy(spec, bench)
         if self.engine == "shared":
-            assert policy is not None, "checked with the settings"
-            check_alike(policy, spec, bench)
             player = bench.player
         else:
             longest = self.max_prompt_tokens and self.max_prompt_tokens + self.max_new_tokens

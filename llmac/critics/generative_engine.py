@@ -5,15 +5,9 @@ from typing import Any
 
 from llmac.core.measures import Measure
 from llmac.core.protocols import Completion, CountsPrefixHits, Request, RolloutEngine
-from llmac.critics.bench import CriticBench, TrainedPolicy
-from llmac.errors import ConfigError, ConsistencyError
-from llmac.models.loading import ModelSpec, load_tokenizer
-from llmac.models.policy import causal_lm
+from llmac.critics.bench import TrainedPolicy
+from llmac.errors import ConsistencyError
 
-_SHAPE = (
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings"),
-)
 CheckEngine = Callable[..., Any]
 """`llmac.engines.probe.check_engine_holds` with the run's tolerance."""
 
@@ -107,31 +101,3 @@ class CriticVoice:
         """How much of the prompts the engine did not have to read, where it knows."""
         metrics, self._metrics = self._metrics, {}
         return metrics
-
-
-def check_alike(policy: TrainedPolicy, spec: ModelSpec, bench: CriticBench) -> None:
-    """Refuse a critic whose weights the policy's engine cannot have, or for which it reads other tokens.
-
-    Args:
-        policy: the critic's language model.
-        spec: its name.
-        bench: with the policy.
-
-    Raises:
-        ConfigError: architecture or tokenizer is another.
-    """
-    mine, theirs = (
-        causal_lm(model).config.get_text_config().to_dict()
-        for model in (policy.model, bench.policy.model)
-    )
-    apart = [key for key in _SHAPE if mine.get(key) != theirs.get(key)]
-    if apart:
-        raise ConfigError(
-            f"critic.engine: shared needs the architecture of the policy, and {spec.name} differs from it in "
-            f"{', '.join(apart)}; set critic.engine: own"
-        )
-    if load_tokenizer(spec).get_vocab() != load_tokenizer(bench.model).get_vocab():
-        raise ConfigError(
-            f"critic.engine: shared reads with the policy's tokenizer, and that of {spec.name} is another; set "
-            "critic.engine: own"
-        )
