@@ -17,6 +17,7 @@ from llmac.core.baselines import leave_one_out
 from llmac.core.kl import kl_shaped_rewards
 from llmac.core.masking import whiten
 from llmac.core.measures import Measure
+from llmac.core.protocols import RolloutPlan, SamplingParams
 from llmac.core.refinement import Form, Judge, RefineReward, StageReward
 from llmac.core.returns import reward_to_go
 from llmac.core.types import AllSum, Credit, Rollouts, Values, identity
@@ -29,7 +30,7 @@ from .rloo import RLOO
 
 
 @dataclass(frozen=True, kw_only=True)
-class CritiqueRL(Verdict, CriticLearns, RLOO):
+class CritiqueRL(RLOO, Verdict, CriticLearns):
     """Critique-RL: leave-one-out over critiques of one answer, KL token by token, whitened.
 
         Â_i  = clip(R_i - mean_{j≠i} R_j, ± advantage_clip)
@@ -104,6 +105,10 @@ class CritiqueRL(Verdict, CriticLearns, RLOO):
     def refines(self) -> bool:
         """In stage 2."""
         return self.stage == 2
+
+    def plan(self, *, prompts_per_step: int, sampling: SamplingParams) -> RolloutPlan:
+        """That of critiques, whose siblings are no responses to a prompt."""
+        return CriticLearns.plan(self, prompts_per_step=prompts_per_step, sampling=sampling)
 
     def verdicts(self) -> Verdicts:
         """Reads right and wrong, or a score."""

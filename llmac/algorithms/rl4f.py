@@ -14,7 +14,7 @@ from .ppo import PPO
 
 
 @dataclass(frozen=True, kw_only=True)
-class RL4F(CriticLearns, PPO):
+class RL4F(PPO, CriticLearns):
     """RL4F: PPO whose responses are feedback, and whose reward comes from the repaired answer.
 
         R = S(y')       or S(y') - S(y)       or that, and 1 for an exact repair
