@@ -125,9 +125,10 @@ def _draw(axes: "Axes", curve: Curve) -> None:
         axes.plot(at, values, color=curve.colour, linewidth=2.0)
     else:
         axes.plot(at, values, color=curve.colour, linewidth=2.0, marker="o", markersize=4.5)
+    low, high = curve.between or (values[-1], values[-1])
     axes.annotate(
         f"{values[-1]:.2f}",
-        (at[-1], values[-1]),
+        (at[-1], min(max(values[-1], low), high)),  # not far outside, where it would take the room
         textcoords="offset points",
         xytext=(6, 0),
         va="center",
@@ -138,7 +139,6 @@ def _draw(axes: "Axes", curve: Curve) -> None:
     axes.set_title(curve.title, loc="left", fontsize=10, color="#333333")
     axes.set_xlabel("step", color="#555555")
     if curve.between:
-        low, high = curve.between
         axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
         if low < 0 < high:
             axes.axhline(0.0, color="#999999", linewidth=0.8)

@@ -28,6 +28,13 @@ def test_each_panel_has_the_steps_and_values_of_its_metric():
     assert explained.get_ylim()[0] > -1.2  # one bad step does not flatten the others
 
 
+def test_a_last_value_far_below_the_picture_is_written_at_its_edge():
+    (panel,) = learning_curve([{"step": 1, "critic/vf_explained_var": -50.0}], title="").axes
+    [label] = panel.texts
+    assert label.get_text() == "-50.00"
+    assert label.xy == (1, -1.0)
+
+
 def test_a_long_run_is_smoothed_with_the_values_behind():
     steps = [{"step": s, "reward/mean": float(s % 2)} for s in range(200)]
     (panel,) = learning_curve(steps, title="").axes
