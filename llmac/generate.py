@@ -68,7 +68,7 @@ def generate(asked: Generation) -> list[Decoded]:
 
 
 def as_dict(decoded: Decoded) -> dict[str, Any]:
-    """A line of the output: the row of the prompt, what was chosen, and from what."""
+    """A line of the output: the prompt and its other columns, what was chosen, and from what."""
 
     def told(one: Any) -> dict[str, Any]:
         return {
@@ -81,8 +81,8 @@ def as_dict(decoded: Decoded) -> dict[str, Any]:
 
     prompt = decoded.prompt
     return {
-        **prompt.columns,
         "prompt": prompt.source,
+        "columns": dict(prompt.columns),  # apart: a data set has an `answer` too
         **told(decoded.chosen),
         "support": decoded.support,
         "sampled_tokens": decoded.sampled_tokens,

@@ -66,7 +66,9 @@ def test_every_method_answers_every_prompt(method, words, home, finished, tmp_pa
         assert ask(home, finished, tmp_path / name, method, *critic, *words) == 0
     lines = [json.loads(line) for line in (tmp_path / "one").read_text().splitlines()]
     rows = [json.loads(line) for line in (home / "held_out.jsonl").read_text().splitlines()]
-    assert [(x["prompt"], x["wanted"]) for x in lines] == [(r["prompt"], r["wanted"]) for r in rows]
+    assert [(x["prompt"], x["columns"]["wanted"]) for x in lines] == [
+        (r["prompt"], r["wanted"]) for r in rows
+    ]
     assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()  # seeded
     assert f"{len(rows)} prompts" in capsys.readouterr().out
     for line in lines:
