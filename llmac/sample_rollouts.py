@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmac.build import build
+from llmac.build import build, sampling_of
 from llmac.config import Recipe, verify
 from llmac.config.cards import choose_algorithm
+from llmac.core.critique import Critique
 from llmac.core.plans import Flat
+from llmac.core.protocols import NeedsPartner
 from llmac.core.types import Finish, Trajectory
 from llmac.data.prompts import PromptStream
 from llmac.errors import ConfigError
@@ -54,7 +56,8 @@ def sample_rollouts(recipe: Recipe, path: Path, *, responses: int, rows: Any = N
     """Answer prompts of the recipe's data with its policy, engine, sampling parameters and reward functions.
 
     Every prompt gets `algorithm.group_size` responses and none is dropped, whatever plan the algorithm has: leaving
-    out groups whose rewards are equal would shift the values that a critic learns from the rest. One process.
+    out groups whose rewards are equal would shift the values that a critic learns from the rest. Only a plan of two
+    models is kept: its rows, critiques or answers that follow them, are no plain responses. One process.
 
     Args:
         recipe: nothing of its `run.output` is touched.
@@ -84,18 +87,21 @@ def sample_rollouts(recipe: Recipe, path: Path, *, responses: int, rows: Any = N
 
 def _without_learning(recipe: Recipe, output: str) -> Recipe:
     """The same recipe as far as sampling goes, with an output folder to be thrown away."""
-    group_size = recipe.algorithm.settings.group_size
-    # The plainest card: independent responses, no critic and no reference policy to load.
-    plain = choose_algorithm({"name": "reinforce_pp", "group_size": group_size})
+    card = recipe.algorithm
+    plan = card.settings.plan(prompts_per_step=1, sampling=sampling_of(recipe))
+    if not isinstance(plan, NeedsPartner):
+        # The plainest card: independent responses, no critic and no reference policy to load.
+        group_size = card.settings.group_size
+        card = choose_algorithm({"name": "reinforce_pp", "group_size": group_size})
     run = recipe.run.model_copy(update={"output": output, "resume": "auto", "trackers": ()})
-    changes = {"algorithm": plain, "critic": None, "evaluation": None, "run": run}
+    changes = {"algorithm": card, "critic": None, "evaluation": None, "run": run}
     return recipe.model_copy(update=changes)
 
 
 def _sample(recipe: Recipe, parts: Parts, path: Path, responses: int) -> Sampled:
     plan = parts.plan
-    assert isinstance(plan, Flat)
-    groups = math.ceil(responses / plan.group_size)
+    assert isinstance(plan, (Flat, Critique))
+    groups = math.ceil(responses / recipe.algorithm.settings.group_size)
     prompts = parts.prompts.take(groups)
     check_storable(prompts)
     synchronize(parts, version=0, probe=True)
@@ -108,7 +114,7 @@ def _sample(recipe: Recipe, parts: Parts, path: Path, responses: int) -> Sampled
         seed = seed_of(recipe.run.seed, start)
         found, _ = round_.rollout(parts.engine, in_order, parts.score, seed=seed)
         trajectories += [dataclasses.replace(t, group=start + t.group) for t in found]
-        logger.info("%d of %d responses", len(trajectories), groups * plan.group_size)
+        logger.info("%d of %d responses", len(trajectories), responses)
     seconds = time.monotonic() - since
     write_rollouts(path, trajectories, _about(recipe))
     count = len(trajectories)
