@@ -35,8 +35,8 @@ PAD, END = 0, 1
 class Task:
     """Which sums there are."""
 
-    steps: int
-    """Operations of one sum."""
+    steps: int | tuple[int, int]
+    """Operations of one sum; two numbers: drawn from the one to the other."""
     starts: tuple[int, int]
     """The first number is at least the one and below the other."""
     cap: int
@@ -93,7 +93,8 @@ def random_sum(rng: random.Random, task: Task = SIX_STEPS) -> Sum:
     """A sum whose partial results stay between 0 and the cap."""
     start = value = rng.randrange(*task.starts)
     operations: list[tuple[str, int]] = []
-    for _ in range(task.steps):
+    steps = task.steps if isinstance(task.steps, int) else rng.randint(*task.steps)
+    for _ in range(steps):
         sign, digit = rng.choice("+-"), rng.randrange(1, 10)
         if value - digit < 0:
             sign = "+"
@@ -114,9 +115,9 @@ def calculate(value: int, sign: str, digit: int, *, bug: bool) -> int:
     return value - digit
 
 
-def make_tokenizer(task: Task = SIX_STEPS) -> PreTrainedTokenizerFast:
-    """One token a character; no token is added to a text."""
-    ids = {token: i for i, token in enumerate(VOCABULARY)}
+def make_tokenizer(task: Task = SIX_STEPS, *, more: str = "") -> PreTrainedTokenizerFast:
+    """One token a character, those of `more` after the task's; no token is added to a text."""
+    ids = {token: i for i, token in enumerate((*VOCABULARY, *more))}
     characters = Tokenizer(models.WordLevel(ids, unk_token=VOCABULARY[PAD]))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
