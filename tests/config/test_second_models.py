@@ -80,10 +80,12 @@ def test_a_partner_is_the_policys_model_unless_it_is_named(settings, model, name
     assert partner_of(load_recipe(settings | {"algorithm": "grpo"})) is None
 
 
-def test_folders_of_second_models_exist(settings, writing, tmp_path):
+def test_folders_of_second_models_exist(settings, writing, tmp_path, monkeypatch):
     settings["algorithm"] = Talks(partner_model="./none")
     with pytest.raises(ConfigError, match=r"algorithm.partner_model: there is no folder ./none"):
         check_models(load_recipe(settings))
     with pytest.raises(ConfigError, match=r"critic.init: .* is a folder without config.json"):
         check_models(load_recipe(writing(init=str(tmp_path))))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy").mkdir()  # is not what critic.init: policy means
     check_models(load_recipe(writing()))
