@@ -86,6 +86,10 @@ def test_a_settled_result_is_no_risk_any_more(genac, quickstart):
     assert genac.check(problem, "4+8=1") == genac.check(problem, "4+8=12")
 
 
+def test_a_solution_begins_anew_with_each_equation(genac):
+    assert genac.beginnings("4+8=12;12-6=6;6+1=7") == ["", "4+8=12;", "4+8=12;12-6=6;"]
+
+
 def test_scores_are_chances_of_independent_steps(genac, quickstart, student):
     state = genac.Checked("", right=True, critical=0)
     scores = [student.score(dataclasses.replace(state, critical=count)) for count in range(5)]
@@ -147,6 +151,7 @@ def test_the_critic_starts_as_the_policy(genac, quickstart, tmp_path):
     ids = quickstart.make_tokenizer()("4+8-6=4+8=1", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         old, new = policy(ids).logits, critic(ids).logits
+    assert critic.config.max_position_embeddings == 160
     assert torch.equal(old, new[..., : old.shape[-1]])
 
 
@@ -163,6 +168,15 @@ def test_traces_follow_the_seed_and_know_all_kinds_of_states(genac, quickstart, 
     untold = sum(prompt.endswith("?:") for prompt, _ in found) / len(found)
     assert 0.02 < untold < 0.09
     assert max(len(prompt) for prompt, _ in found) + 40 < genac.CRITIC.context_tokens
+
+
+def test_a_student_without_bugs_fails_by_slips_alone(genac, quickstart):
+    rng = random.Random(0)
+    perfect = genac.Student(0.0, rng, quickstart.SIX_STEPS)
+    found = [genac.trace(perfect, rng) for _ in range(400)]
+    assert {prompt.rpartition("?")[2] for prompt, _ in found} == {"100:", ":"}
+    assert all(text.endswith(">10</answer>") for _, text in found if text[0] == "y")
+    assert 0.01 < sum(text[0] == "n" for _, text in found) / len(found) < 0.09
 
 
 def test_longer_sums_are_reasoned_about_without_a_score(genac, quickstart, student):
