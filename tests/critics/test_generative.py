@@ -71,7 +71,7 @@ ROWS = (
 
 
 def targets(rollouts, mask):
-    returns = rollouts.rewards.sum(1, keepdim=True).expand(mask.shape) * mask
+    returns = rollouts.rewards.sum(1, keepdim=True).expand(mask.shape)
     return CriticTargets(returns=returns, value_mask=mask, old_values=torch.zeros_like(returns))
 
 
@@ -280,6 +280,9 @@ def test_a_checkpoint_brings_back_what_it_learned_and_remembers(critic_of, tmp_p
     assert one.asked[-1] == other.asked[-1]
     assert other.loaded[0][0] == 2
     assert float(other.loaded[0][1][0][1]) == 2
+    critics[1][0].load(tmp_path)  # as many updates, but who knows of what
+    asked(critics[1][0])
+    assert len(other.loaded) == 2
 
 
 def test_only_the_steps_before_are_told(critic_of):
