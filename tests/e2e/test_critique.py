@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from llmac.api import run as train
 from llmac.config import load_recipe
@@ -117,6 +118,43 @@ def test_two_processes_have_an_actor_learn_from_unequal_numbers_of_right_answers
     line = outputs(read_metrics, recipe, 2)
     assert line["rollout/token_imbalance_sampled"] >= line["rollout/token_imbalance"] >= 1
     assert line["rollout/sampled_tokens"] > line["rollout/tokens"] > 0
+
+
+@pytest.mark.slow
+def test_a_critic_learns_to_tell_right_answers_from_wrong_ones(
+    recipe, tmp_path, read_metrics, home
+):
+    """Right is an answer that begins with a, b or c; half of those to judge are, so always saying the same is .5."""
+    torch.manual_seed(0)
+    config = Qwen2Config.from_pretrained(home / "model", hidden_size=32, intermediate_size=64)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(home / "model").save_pretrained(tmp_path / "model")
+    (tmp_path / "half.py").write_text(
+        "def right(prompt, response, **columns):\n"
+        "    return float(response[:1] in ('a', 'b', 'c'))\n"
+    )
+    recipe["model"] = {"name": str(tmp_path / "model")}
+    recipe["reward"] = f"{tmp_path / 'half.py'}:right"
+    recipe["algorithm"] |= {
+        "group_size": 8,
+        "solved_at": 1.0,
+        "answer_tokens": 1,
+        "answers_sampled": 4,
+        "form": "gated",
+        "kl_coef": 0.0,
+        "entropy_coef": 0.3,  # or it soon says always the same
+    }
+    recipe["actor"] = {"lr": 3e-3, "prompts_per_step": 32, "minibatches": 4}
+    recipe["actor"] |= {"schedule": "cosine", "min_lr_ratio": 0.1}
+    recipe["run"] |= {"steps": 75, "save_every": 75}
+    train(load_recipe(recipe))
+    lines = read_metrics(recipe["run"]["output"])
+    assert lines[0]["critique/discrimination"] < 0.1  # verdicts are missing
+    last = lines[-5:]
+    assert sum(line["critique/discrimination"] for line in last) / 5 > 0.9
+    for half in ("right", "wrong"):
+        assert sum(line[f"critique/discrimination/{half}_answers"] for line in last) / 5 > 0.8
+    assert last[-1]["critique/verdict_missing"] < 0.05
 
 
 @pytest.mark.slow
