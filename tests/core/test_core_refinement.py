@@ -91,6 +91,7 @@ def test_without_refinements_there_is_nothing_to_pay_for():
         ("diff_or_exact", 5 / 11, 1.0, 1.0),  # d = .5455, exact
         ("diff_or_exact", 5 / 11, 5 / 11, 0.0),  # d = 0, not exact
         ("diff_or_exact", 0.25, 0.5, 0.25),
+        ("diff_or_exact", 1.0, 1.0, 1.0),  # still exact
         ("diff_or_exact", 0.4, 0.3, -0.1),
     ],
 )
