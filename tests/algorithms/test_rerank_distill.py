@@ -98,6 +98,7 @@ def test_what_may_not_be_learned_is_no_candidate():
     )
     assert not credit.policy_mask[rollouts.truncated].any()
     assert not credit.policy_mask[~rollouts.action_mask.any(1)].any()
+    assert credit.policy_mask.any(1).sum() == 9  # the best that may, though the cut ones score more
     # Equally good candidates share: three in each group, of one weight, a mean of 1 each.
     assert torch.allclose(
         credit.likelihood[credit.policy_mask], torch.ones((), dtype=torch.float64)
