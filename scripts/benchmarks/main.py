@@ -9,6 +9,7 @@ from pathlib import Path
 import against_trl
 import credit
 import critics
+import genac
 import guided
 import memory
 import packing
@@ -20,7 +21,7 @@ from report import Report, as_json, as_text
 from surroundings import describe
 
 PARTS = {"rollout": rollout, "train": training, "memory": memory, "trl": against_trl}
-COMPARISONS = {"critics": critics, "credit": credit, "packing": packing, "guided": guided}
+COMPARISONS = {"critics": critics, "credit": credit, "packing": packing, "genac": genac, "guided": guided}
 """Not among all: half an hour to many hours each."""
 
 

@@ -165,6 +165,10 @@ def test_traces_follow_the_seed_and_know_all_kinds_of_states(genac, quickstart, 
     assert 0.3 < wrong < 0.7
     at_start = sum("=?" in prompt and prompt.count("=") == 1 for prompt, _ in found)
     assert at_start > 30
+    assert {text[-11:] for _, text in found if text[0] == "y" and "!" not in text} == {
+        "10</answer>"
+    }
+    assert len({text.partition(">")[2] for _, text in found if "!" in text}) >= 4
     untold = sum(prompt.endswith("?:") for prompt, _ in found) / len(found)
     assert 0.02 < untold < 0.09
     assert max(len(prompt) for prompt, _ in found) + 40 < genac.CRITIC.context_tokens
