@@ -109,7 +109,7 @@ class ByCache:
     def look(self, rows: Sequence[State | None], candidates: Tensor) -> tuple[Tensor, Tensor]:
         """V(s) and V(s, a)."""
         ids = candidates.to(self._seen.device)
-        count, length = ids.shape[1], self._seen.shape[1]
+        count = ids.shape[1]
         itself = torch.eye(count, dtype=torch.bool, device=ids.device).expand(len(ids), -1, -1)
         visible = torch.cat([self._seen[:, None].expand(-1, count, -1), itself], dim=2)
         dtype = next(self._model.backbone.parameters()).dtype
@@ -118,7 +118,7 @@ class ByCache:
         positions = (self._positions[:, -1:] + 1).expand(-1, count)
         after = self._read(ids, hidden[:, None], positions)
         assert self._cache is not None, "the prompts were read"
-        self._cache.crop(length)
+        self._cache.crop(-count)
         goes_on = torch.tensor([row is not None for row in rows], device=ids.device)
         before, after = self._before.where(goes_on, 0.0), after.where(goes_on[:, None], 0.0)
         return before.to(candidates.device), after.to(candidates.device)

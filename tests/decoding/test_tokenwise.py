@@ -107,6 +107,37 @@ def test_each_token_is_drawn_in_proportion_to_probability_and_value(rule, others
         assert one.valued_states == len(ids) * (top_k + 1)
 
 
+class Through:
+    """Says what another one says, and is no value model to anybody who looks."""
+
+    def __init__(self, says):
+        self.values_of = says.values_of
+
+
+class LikesEnds:
+    """What nobody has taught it: an end is worth a lot."""
+
+    def values_of(self, states):
+        return [100.0 * (END in state.response_ids) for state in states]
+
+
+def test_a_value_model_guides_through_its_cache_as_it_does_through_whole_states():
+    model = ValueModel(tiny(3).model)
+    torch.nn.init.normal_(model.head.weight)
+    how = {"rule": "tilt", "lam": 3.0, "sampling": SAMPLING}
+    cached = token_guided(tiny(0), TOKENIZER, model, PROMPTS, **how)
+    whole = token_guided(tiny(0), TOKENIZER, Through(ValueModelSays(model)), PROMPTS, **how)
+    assert responses(cached) == responses(whole)
+    assert len(set(responses(cached))) > 1
+
+
+def test_what_a_critic_says_behind_the_end_is_not_asked():
+    how = {"rule": "tilt", "top_k": 9, "sampling": SAMPLING}
+    found = token_guided(tiny(0), TOKENIZER, LikesEnds(), PROMPTS, lam=1.0, **how)
+    plain = token_guided(tiny(0), TOKENIZER, LikesEnds(), PROMPTS, lam=0.0, **how)
+    assert responses(found) == responses(plain)
+
+
 def test_strong_values_are_obeyed_and_only_candidates_are_asked_about():
     values = ByText(lambda text: float(text.count("d")))
     found = token_guided(
