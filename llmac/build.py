@@ -62,7 +62,7 @@ from llmac.runtime.checkpoint import CheckpointStore, RandomState, Remembered, S
 from llmac.runtime.context import Runtime
 from llmac.runtime.phases import Phases
 from llmac.schedule import PolicySchedule
-from llmac.second_models import check_second_models
+from llmac.second_models import check_second_models, partner_model
 
 logger = logging.getLogger(__name__)
 
@@ -239,8 +239,9 @@ def _introduce(plan: object, player: Player, engines: Engines, recipe: Recipe) -
     if isinstance(plan, WritesPrompts):
         plan.player = player
     if isinstance(plan, NeedsPartner):
-        name, begun_as = plan.partner_model, recipe.model.model_copy(update={"lora": None})
-        plan.partner = engines.of_other(model_named(recipe.model, name) if name else begun_as)
+        partner = partner_model(recipe)
+        assert partner is not None, "the recipe's own card made the plan"
+        plan.partner = engines.of_other(partner)
 
 
 def _schedule(recipe: Recipe) -> PolicySchedule:

@@ -22,6 +22,7 @@ from llmac.core.protocols import (
     Critic,
     Decode,
     Metered,
+    NeedsDemonstrations,
     NeedsRollouts,
     Observer,
     OffersResponses,
@@ -126,6 +127,8 @@ def train(run: Run, parts: Parts) -> None:
     algorithm, actor, critic, engine = parts.algorithm, parts.actor, parts.critic, parts.engine
     log, phase, runtime, memory = parts.log, parts.phases, parts.runtime, parts.memory
     replays = isinstance(parts.plan, NeedsRollouts)
+    # Nobody but an evaluation asks the engine anything.
+    unheard = critic is None and (replays or isinstance(parts.plan, NeedsDemonstrations))
     observer = critic if isinstance(critic, Observer) else None
     moved = False
 
@@ -203,17 +206,18 @@ def train(run: Run, parts: Parts) -> None:
                 log.add(observer.observe(rollouts))
 
         # 6. Sync: the next step samples the new policy.
-        with phase("sync"):
-            synchronize(
-                parts, version=step, probe=(moves and not moved) or step % parts.probe_every == 0
-            )
-        moved = moved or moves
+        looks = bool(parts.held_out) and (step % parts.held_out.every == 0 or step == run.steps)
+        if looks or not unheard:
+            with phase("sync"):
+                due = step % parts.probe_every == 0
+                synchronize(parts, version=step, probe=(moves and not moved) or due)
+            moved = moved or moves
 
         log.add({**parts.score.metrics(), **said}, evenness, credit.metrics)
         if isinstance(engine, Metered):
             log.add(engine.metrics())
         parts.completions.log(step, rollouts, credit)
-        if parts.held_out and (step % parts.held_out.every == 0 or step == run.steps):
+        if looks:
             look_at_held_out(parts)
         log.add(phase.drain())
         with phase("log"):
