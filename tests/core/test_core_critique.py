@@ -132,6 +132,24 @@ def test_an_answer_that_gets_worse_is_counted_and_a_missing_verdict_is():
     assert metrics["critique/discrimination"] == 0
 
 
+def test_a_critic_that_finds_fault_with_everything_is_right_about_wrong_answers_only():
+    _, metrics = rolled(introduced(trains_critic(), criticises=lambda prompt, number: "v- 9"))
+    split = "critique/discrimination/{}_answers"
+    assert (metrics[split.format("right")], metrics[split.format("wrong")]) == (0, 1)
+    assert metrics["critique/discrimination"] == pytest.approx(2 / 3)
+
+
+def test_reward_functions_read_a_frozen_actors_answers_in_the_policys_tokens():
+    plan = introduced(trains_critic())
+    theirs = plan.partner.read
+    # A vocabulary of its own: every id means the letter before.
+    plan.partner = dataclasses.replace(plan.partner, read=lambda ids: theirs([i - 1 for i in ids]))
+    plan.partner.engine.say = lambda prompt, number: "y4"  # read as x3
+    _, metrics = rolled(plan)
+    assert metrics["critique/answer_accuracy"] == pytest.approx(1 / 3)
+    assert plan.player.engine.asked[0] == ["C1?x3", "C2?x3", "C3?x3"]
+
+
 def test_in_stage_1_nobody_is_asked_to_refine():
     plan = introduced(trains_critic(refinements=None, judge=StageReward(stage=1)))
     rows, metrics = rolled(plan)
@@ -282,6 +300,7 @@ def test_answers_to_criticise_are_drawn_half_right_and_half_wrong():
     assert len(rows) == 3 * 2 * 2
     answers = [t.reward_parts["answer"] for t in rows[::2]]
     assert (sum(answers), len(answers)) == (3, 6)
+    assert [t.group for t in rows] == [number for number in range(6) for _ in range(2)]
     assert metrics["critique/answer_accuracy"] == pytest.approx(1 / 3)  # of all that were sampled
 
 
