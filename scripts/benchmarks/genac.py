@@ -207,10 +207,13 @@ def script(folder: Path, name: str, command: Sequence[object], threads: int) -> 
 
 
 def work(folder: Path, name: str, job: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """A piece of work, once; its answer."""
+    """A piece of work, once; its answer. What an interrupted one has left as `output` goes."""
     done, asked, answer = (folder / f"{name}.{end}" for end in ("json", "job", "answer"))
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        if "output" in job:
+            shutil.rmtree(job["output"], ignore_errors=True)
+            Path(job["output"]).unlink(missing_ok=True)
         asked.write_text(json.dumps(job))
         run_job([sys.executable, "scripts/benchmarks/genac_job.py", asked, answer], threads)
         answer.rename(done)

@@ -74,3 +74,17 @@ def test_finished_work_is_not_done_again(genac):
     assert genac.sampled(0, threads=1) == {"success_rate": 0.25}
     (genac.FOLDER / "0" / "critic.json").write_text("{}")
     genac.stage(genac.FOLDER / "0", "critic", "no such recipe", [], threads=1)
+
+
+def test_what_an_interrupted_piece_has_left_is_in_nobodys_way(genac, monkeypatch):
+    left = genac.FOLDER / "0" / "head"
+    left.mkdir(parents=True)
+
+    def run_job(command, threads):
+        assert not left.exists()
+        command[-1].write_text('{"epoch": 1}')
+
+    monkeypatch.setattr(genac, "run_job", run_job)
+    found = genac.work(genac.FOLDER / "0", "head", {"do": "x", "output": str(left)}, threads=1)
+    assert found == {"epoch": 1}
+    assert json.loads((genac.FOLDER / "0" / "head.json").read_text()) == found
