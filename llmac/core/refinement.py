@@ -1,7 +1,6 @@
 """What a critique is worth, told from the answer before it and the answers after it. Pure numbers and text."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -11,9 +10,6 @@ RepairMode = Literal["abs", "diff", "diff_or_exact"]
 
 KEPT_RIGHT = 0.2
 """r_correction of an answer that was right and still is; also what a gated reward pays for a true verdict."""
-
-GRADES = {"very poor": -1.0, "poor": -0.5, "neutral": 0.0, "good": 0.5, "excellent": 1.0}
-"""Grades of CGI (arXiv:2503.16024) as numbers. The paper has the words; the numbers are ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,40 +162,6 @@ def repair_gain(before: float, after: float, mode: RepairMode, *, exact: bool) -
         return after
     gained = after - before
     return max(gained, float(exact)) if mode == "diff_or_exact" and gained >= 0 else gained
-
-
-def best_graded(grades: Sequence[str], logprobs: Sequence[float]) -> int:
-    """Which candidate to take: the best grade, and of equals the one the actor finds likeliest.
-
-    Args:
-        grades: keys of `GRADES`, in any case.
-        logprobs: log π of each candidate.
-
-    Raises:
-        ValueError: no candidates, unequal numbers, or a grade that is none.
-
-    >>> best_graded(["Poor", "Good", "Good"], [-1.0, -3.0, -2.0])
-    2
-    """
-    if not grades or len(grades) != len(logprobs):
-        raise ValueError(
-            f"one grade and one log-prob a candidate, and at least one candidate; found "
-            f"{len(grades)} and {len(logprobs)}"
-        )
-    values = [grade_value(grade) for grade in grades]
-    return max(range(len(values)), key=lambda i: (values[i], logprobs[i]))
-
-
-def grade_value(grade: str) -> float:
-    """A grade as a number from -1 to 1.
-
-    >>> [grade_value(g) for g in ("Very Poor", "Poor", "Neutral", "Good", "Excellent")]
-    [-1.0, -0.5, 0.0, 0.5, 1.0]
-    """
-    value = GRADES.get(" ".join(grade.split()).casefold())
-    if value is None:
-        raise ValueError(f"{grade!r} is no grade; grades are {', '.join(GRADES)}")
-    return value
 
 
 def passes_barrier(refined: str, answer: str, solution: str | None, *, slack: int = 2) -> bool:

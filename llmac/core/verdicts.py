@@ -60,10 +60,11 @@ class VerdictLine:
         r"""Whether the critique calls the answer right; None: no verdict, or both.
 
         The word behind the last marker counts, if it is one of the two, if the other one is not on
-        the same line, and if no earlier marker is followed by the other one.
+        the same line, and if no earlier marker is followed by the other one. Punctuation alone is
+        no word, unless it is one of the two.
 
         >>> line = VerdictLine()
-        >>> line.read("Step 2 is off.\nCorrectness of the final answer: **Wrong**, it is 4.")
+        >>> line.read("Step 2 is off.\n**Correctness of the final answer:** Wrong, it is 4.")
         False
         >>> line.read("Correctness of the final answer: Correct or Wrong") is None
         True
@@ -77,8 +78,9 @@ class VerdictLine:
         return float(verdict is not None and bool(verdict) == right)
 
     def _behind(self, line: str) -> bool | None:
-        words = [_bare(word) for word in line.split()]
         right, wrong = _bare(self.right), _bare(self.wrong)
+        said = [_bare(word) for word in line.split()]
+        words = [w for w in said if w in (right, wrong) or any(map(str.isalnum, w))]
         if not words or words[0] not in (right, wrong) or {right, wrong} <= set(words):
             return None
         return words[0] == right

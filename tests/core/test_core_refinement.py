@@ -11,8 +11,6 @@ from llmac.core.refinement import (
     RepairReward,
     SoftFilter,
     StageReward,
-    best_graded,
-    grade_value,
     numbers_in,
     passes_barrier,
 )
@@ -105,17 +103,6 @@ def test_a_repair_is_paid_for_what_it_is_or_for_what_it_gained(mode, before, aft
 def test_an_exact_repair_that_scores_less_than_the_answer_is_a_loss():
     odd = Outcome(before=1.5, before_right=True, after=(1.0,), after_right=(True,))
     assert RepairReward(mode="diff_or_exact").worth(odd) == pytest.approx(-0.5)
-
-
-def test_grades_are_numbers_and_equal_ones_are_told_apart_by_likelihood():
-    names = ["Very Poor", "Poor", "Neutral", "Good", "Excellent"]
-    assert [grade_value(name) for name in names] == [-1.0, -0.5, 0.0, 0.5, 1.0]
-    assert best_graded(["Poor", "Good", "Good"], [0.0, -3.0, -2.0]) == 2
-    assert best_graded(["Poor", "Good", "Good"], [0.0, -2.0, -3.0]) == 1
-    with pytest.raises(ValueError, match="'Fine' is no grade; grades are very poor"):
-        grade_value("Fine")
-    with pytest.raises(ValueError, match="found 1 and 2"):
-        best_graded(["Good"], [0.0, 0.0])
 
 
 def test_the_barrier_stops_answers_that_have_stopped_reasoning():
