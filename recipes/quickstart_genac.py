@@ -31,8 +31,7 @@ import torch
 from jinja2 import Template
 from quickstart import SIX_STEPS, VOCABULARY, Sum, Task, calculate, random_sum
 from quickstart import make_tokenizer as policy_tokenizer
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import AddedToken, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 TEMPLATE = Path(__file__).parent / "templates" / "quickstart_critic.jinja"
 RENDER = Template(TEMPLATE.read_text()).render

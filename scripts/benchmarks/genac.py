@@ -30,7 +30,7 @@ TEMPLATE = "recipes/templates/quickstart_critic.jinja"
 TOKENS = 48
 """Room for what the critic writes about the longer sums."""
 TRACES: dict[str, tuple[str, ...]] = {"short": (), "taught": ("--longer", "9")}
-"""Options of the traces. short: of sums as short as in training; taught: the reasoning of longer ones, too, unscored."""
+"""Options of the traces. short: of sums as short as in training; taught: reasoning about longer ones, too, unscored."""
 HEADS = {
     f"{head}, lr {lr:g}": (head, lr) for lr in (3e-4, 1e-3) for head in ("value_head", "hl_gauss")
 }
