@@ -15,12 +15,12 @@ from pathlib import Path
 
 from llmac.config import Recipe, verify
 from llmac.core.collate import collate
-from llmac.core.protocols import Decode, SamplingParams
+from llmac.core.protocols import SamplingParams
 from llmac.core.scores import parse_score, value_of_score
 from llmac.core.types import Rollouts
 from llmac.critics.generative import GenerativeConfig
-from llmac.critics.generative_context import Attempts, Context, Several, SuccessRate
-from llmac.critics.generative_prompt import CriticTemplate, problem_text
+from llmac.critics.generative_context import contexts
+from llmac.critics.generative_prompt import CriticTemplate, critic_prompt, problem_text
 from llmac.errors import ConfigError, DataError
 from llmac.models.loading import load_tokenizer
 from llmac.new_actor import model_named
@@ -181,7 +181,7 @@ def _questions(
     def read(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    context = _context(critic, runtime, read)
+    context = contexts(critic, runtime, read)
     context.observe(rollouts)
     chosen = choose(rollouts, starts, critic.reward_range, count=how.states, seed=how.seed)
     if len({c.solved for c in chosen}) < 2:
@@ -191,43 +191,15 @@ def _questions(
             "responses that differ, or look at critic.reward_range"
         )
     template = CriticTemplate(critic.template_file)
-    low, high = critic.scale
     questions: list[Question] = []
     for one in chosen:
         origin, position = one.state.origin, one.state.position
         problem, partial = problem_text(origin.prompt), read(origin.response_ids[:position])
         told = context.about(one.state, limit)
-        written = template.write(
-            problem=problem,
-            partial=partial,
-            low=low,
-            high=high,
-            tag=critic.tag,
-            actor=critic.actor,
-            **told,
-        )
+        written = critic_prompt(template, critic, problem=problem, partial=partial, told=told)
         questions.append(Question(prompt=written, problem=problem, partial=partial, chosen=one))
     logger.info("%d states of %d responses", len(questions), len(stored.trajectories))
     return questions
-
-
-def _context(critic: GenerativeConfig, runtime: Runtime, read: Decode) -> Context:
-    contexts: list[Context] = []
-    if critic.conditioning in ("success_rate", "both"):
-        contexts.append(
-            SuccessRate(runtime, rate=critic.success_rate_memory, reward_range=critic.reward_range)
-        )
-    if critic.conditioning in ("attempts", "both"):
-        contexts.append(
-            Attempts(
-                runtime,
-                read,
-                count=critic.attempts,
-                tokens=critic.attempt_tokens,
-                reward_range=critic.reward_range,
-            )
-        )
-    return Several(*contexts)
 
 
 def _keep(

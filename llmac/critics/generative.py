@@ -14,13 +14,7 @@ from typing import Any, Literal
 from llmac.core.protocols import Player, Resendable
 from llmac.core.scores import Baseline
 from llmac.critics.bench import CriticBench, PolicyOrder, TrainedPolicy
-from llmac.critics.generative_context import (
-    Attempts,
-    Conditioning,
-    Context,
-    Several,
-    SuccessRate,
-)
+from llmac.critics.generative_context import Conditioning, Context, contexts
 from llmac.critics.generative_critic import SETTINGS_FILE, TEMPLATE_FILE, Generative
 from llmac.critics.generative_engine import CriticVoice
 from llmac.critics.generative_learning import ScoreLearner
@@ -119,7 +113,6 @@ class GenerativeConfig(Optimization):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work, and a saved critic whose scores mean something else."""
-        super().__post_init__()
         super().__post_init__()
         refuse_range("reward_range", self.reward_range, "failure, success")
         refuse_infinite(self)
@@ -267,21 +260,7 @@ class GenerativeConfig(Optimization):
         return bench.new_policy(order)
 
     def _context(self, bench: CriticBench, writer: Player) -> Context:
-        contexts: list[Context] = []
-        if self.conditioning in ("success_rate", "both"):
-            rate = self.success_rate_memory
-            contexts.append(SuccessRate(bench.runtime, rate=rate, reward_range=self.reward_range))
-        if self.conditioning in ("attempts", "both"):
-            contexts.append(
-                Attempts(
-                    bench.runtime,
-                    writer.read,
-                    count=self.attempts,
-                    tokens=self.attempt_tokens,
-                    reward_range=self.reward_range,
-                )
-            )
-        context = Several(*contexts)
+        context = contexts(self, bench.runtime, writer.read)
         saved = self._saved()
         if saved is not None:
             context.restore(saved["context"])

@@ -6,16 +6,19 @@ judged are what the scores are to predict, and a baseline that has seen them wou
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from llmac.core.continuations import State
 from llmac.core.measures import Last, Metrics
 from llmac.core.protocols import Decode
 from llmac.core.scores import fraction_of, smoothed
 from llmac.core.types import Rollouts, Trajectory
-from llmac.critics.generative_prompt import problem_text
+from llmac.critics.generative_prompt import NOTHING_TOLD, problem_text
 from llmac.critics.outcomes import outcomes
 from llmac.runtime.context import Runtime
+
+if TYPE_CHECKING:
+    from llmac.critics.generative import GenerativeConfig
 
 Conditioning = Literal["none", "success_rate", "attempts", "both"]
 
@@ -170,12 +173,7 @@ class Several:
 
     def about(self, state: State, length_limit: int) -> Mapping[str, Any]:
         """What all of them say; what none of them does is not told."""
-        told: dict[str, Any] = {
-            "success_rate": None,
-            "tokens_used": None,
-            "tokens_left": None,
-            "attempts": [],
-        }
+        told = dict(NOTHING_TOLD)
         for context in self._contexts:
             told |= context.about(state, length_limit)
         return told
@@ -195,6 +193,31 @@ class Several:
         """Each takes what is its own."""
         for context in self._contexts:
             context.restore(state)
+
+
+def contexts(config: "GenerativeConfig", runtime: Runtime, read: Decode) -> Several:
+    """Those that the settings ask for, with nothing known yet.
+
+    Args:
+        config: `conditioning`, and what each kind is told.
+        runtime: the ranks.
+        read: the writer's tokens as text.
+    """
+    found: list[Context] = []
+    if config.conditioning in ("success_rate", "both"):
+        rate = config.success_rate_memory
+        found.append(SuccessRate(runtime, rate=rate, reward_range=config.reward_range))
+    if config.conditioning in ("attempts", "both"):
+        found.append(
+            Attempts(
+                runtime,
+                read,
+                count=config.attempts,
+                tokens=config.attempt_tokens,
+                reward_range=config.reward_range,
+            )
+        )
+    return Several(*found)
 
 
 def _draw(trajectory: Trajectory) -> str:

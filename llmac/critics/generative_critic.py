@@ -20,7 +20,7 @@ from llmac.critics.bench import TrainedPolicy
 from llmac.critics.generative_context import Context
 from llmac.critics.generative_engine import CriticVoice
 from llmac.critics.generative_learning import Lesson, Said, ScoreLearner
-from llmac.critics.generative_prompt import CriticTemplate, problem_text
+from llmac.critics.generative_prompt import CriticTemplate, critic_prompt, problem_text
 from llmac.errors import ConsistencyError
 from llmac.models.loading import ModelSpec, load_tokenizer
 from llmac.runtime.context import Runtime
@@ -201,15 +201,12 @@ class Generative:
             (directory / SETTINGS_FILE).write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
     def _prompt(self, state: State, length_limit: int) -> tuple[int, ...]:
-        low, high = self._config.scale
-        written = self._template.write(
+        written = critic_prompt(
+            self._template,
+            self._config,
             problem=problem_text(state.origin.prompt),
             partial=self._writer.read(state.origin.response_ids[: state.position]),
-            low=low,
-            high=high,
-            tag=self._config.tag,
-            actor=self._config.actor,
-            **self._context.about(state, length_limit),
+            told=self._context.about(state, length_limit),
         )
         return self._player.encode(written)
 

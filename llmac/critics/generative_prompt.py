@@ -5,16 +5,20 @@ own words. What changes from state to state of one response comes last in it, so
 read need not read the rest again.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmac.core.types import Prompt
 from llmac.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmac.critics.generative import GenerativeConfig
 
 PACKAGED = "genac.jinja"
 VARIABLES = {
@@ -31,6 +35,13 @@ VARIABLES = {
 }
 """What a template may use, and what it means."""
 _NEEDED = ("problem", "partial")
+NOTHING_TOLD: Mapping[str, Any] = {
+    "success_rate": None,
+    "tokens_used": None,
+    "tokens_left": None,
+    "attempts": [],
+}
+"""What a template gets about the writer where nothing is known of it."""
 
 
 class CriticTemplate:
@@ -85,6 +96,35 @@ class CriticTemplate:
     @cached_property
     def _compiled(self) -> Any:
         return self._environment.from_string(self.source)
+
+
+def critic_prompt(
+    template: CriticTemplate,
+    config: "GenerativeConfig",
+    *,
+    problem: str,
+    partial: str,
+    told: Mapping[str, Any],
+) -> str:
+    """What a critic reads about a state.
+
+    Args:
+        template: of the prompt.
+        config: scale, tag and the writer's name.
+        problem: the prompt's text.
+        partial: the response up to the state.
+        told: of the writer; the variables of `NOTHING_TOLD`.
+    """
+    low, high = config.scale
+    return template.write(
+        problem=problem,
+        partial=partial,
+        low=low,
+        high=high,
+        tag=config.tag,
+        actor=config.actor,
+        **told,
+    )
 
 
 def problem_text(prompt: Prompt) -> str:
