@@ -102,7 +102,9 @@ class Actor:
         """
         metrics: dict[str, Measure] = {}
         for epoch in range(self._epochs):
-            parts = minibatches(rollouts, credit, self._minibatches)
+            parts = minibatches(
+                rollouts, credit, self._minibatches, whole_groups=algorithm.refreshes_credit
+            )
             for number, (part, known) in enumerate(parts):
                 first = epoch == 0 and number == 0
                 if algorithm.refreshes_credit and not first:

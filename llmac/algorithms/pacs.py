@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llmac.core.baselines import group_mean
 from llmac.core.group_bce import ClassWeights, Relative, group_bce
 from llmac.core.losses import reinforce
 from llmac.core.masking import Aggregation
@@ -94,21 +93,9 @@ class PACS(GroupCredit):
     def refreshed(
         self, credit: Credit, rollouts: Rollouts, logprobs: Float[Tensor, "B T"]
     ) -> Credit:
-        """The same for the policy as it is now.
-
-        Raises:
-            ValueError: these rows hold a part of a group.
-        """
+        """The same for the policy as it is now."""
         if not credit.policy_mask.any():  # rows that only keep other ranks company
             return credit
-        _, size = group_mean(self.scores(rollouts), rollouts.group)
-        cut = size != self.group_size
-        if self.allocation == "equal" and cut.any():
-            raise ValueError(
-                f"PACS compares siblings before every optimizer step, and one has {size[cut][0]} "
-                f"of the {self.group_size} responses of group {rollouts.group[cut][0]}; choose "
-                "actor.minibatches so that it divides the prompts of a step on each process"
-            )
         advantages = self._advantages(rollouts, logprobs)
         return dataclasses.replace(
             credit, advantages=advantages.masked_fill(~credit.policy_mask, 0.0)

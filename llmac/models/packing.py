@@ -244,7 +244,9 @@ class OfRows(Protocol):
 Known = TypeVar("Known", bound=OfRows)
 
 
-def minibatches(rollouts: Rollouts, known: Known, count: int) -> Iterator[tuple[Rollouts, Known]]:
+def minibatches(
+    rollouts: Rollouts, known: Known, count: int, *, whole_groups: bool = False
+) -> Iterator[tuple[Rollouts, Known]]:
     """Contiguous, near-equal parts of a rank's rows; prompts are already in random order.
 
     With prompts dealt to ranks in turn, part m of every rank together is part m of one process: the sharding law
@@ -255,8 +257,13 @@ def minibatches(rollouts: Rollouts, known: Known, count: int) -> Iterator[tuple[
         rollouts: at least one row.
         known: what is learned of them.
         count: optimizer steps a pass.
+        whole_groups: siblings, which are neighbours, stay in one part: near-equal in groups, not in rows.
     """
-    for index in torch.arange(len(rollouts.trajectories)).tensor_split(count):
+    units = rollouts.group.unique_consecutive(return_inverse=True)[1]
+    if not whole_groups:
+        units = torch.arange(len(rollouts.trajectories))
+    for part_units in torch.arange(int(units.max()) + 1).tensor_split(count):
+        index = torch.isin(units, part_units).nonzero()[:, 0]
         taken = index if len(index) else torch.tensor([0])
         part = rollouts.rows(taken)
         of_part = known.rows(taken, part.response_ids.shape[1])

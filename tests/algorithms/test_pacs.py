@@ -157,14 +157,11 @@ def test_credit_follows_the_policy_and_keeps_what_is_masked_out():
     assert later.policy_mask is credit.policy_mask
 
 
-def test_a_group_that_an_optimizer_step_cuts_is_refused():
+def test_rows_that_only_keep_other_ranks_company_are_not_judged_again():
     rollouts, logprobs = tokens()
     algorithm = card("pacs", group_size=4)
     credit = algorithm.credit(rollouts, None)
-    part = torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match="3 of the 4 responses of group 0; choose actor"):
-        algorithm.refreshed(credit.rows(part, 2), rollouts.rows(part), logprobs.detach()[part])
-    alone = torch.tensor([0])  # on a rank without rows, and counting nothing
+    alone = torch.tensor([0])
     idle = credit.rows(alone, 2).counting_nothing()
     assert algorithm.refreshed(idle, rollouts.rows(alone), logprobs.detach()[alone]) is idle
 

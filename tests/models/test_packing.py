@@ -108,3 +108,19 @@ def test_a_rank_with_fewer_rows_than_minibatches_takes_part_with_a_row_that_coun
     parts = list(minibatches(rollouts, credit, 3))
     assert [len(part.trajectories) for part, _ in parts] == [1, 1, 1]
     assert [int(of_part.policy_mask.sum()) for _, of_part in parts] == [2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("whole_groups", "groups"), [(False, [[0, 0, 0], [0, 1, 1]]), (True, [[0] * 4, [1, 1]])]
+)
+def test_siblings_stay_in_one_minibatch_where_they_are_compared_in_it(
+    make_trajectory, whole_groups, groups
+):
+    rows = [
+        replace(make_trajectory([1], [2]), reward=1.0, group=group) for group in (0, 0, 0, 0, 1, 1)
+    ]
+    batch = collate(rows, length_limit=8)
+    rollouts = Rollouts.of(batch, old_logprobs=batch.sampler_logprobs)
+    credit = Credit(advantages=batch.rewards, policy_mask=batch.action_mask)
+    parts = minibatches(rollouts, credit, 2, whole_groups=whole_groups)
+    assert [part.group.tolist() for part, _ in parts] == groups
