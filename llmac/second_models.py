@@ -2,6 +2,7 @@
 
 from llmac.config.schema import Recipe
 from llmac.config.traits import partner_of, traits_of
+from llmac.data.tokenizing import encoder
 from llmac.models.alike import check_alike
 from llmac.models.loading import ModelSpec, load_tokenizer
 from llmac.new_actor import model_named
@@ -25,15 +26,18 @@ def check_second_models(recipe: Recipe) -> str:
     """Refuse what the second models of a run cannot be, from their configurations and tokenizers.
 
     Raises:
-        ConfigError: a tokenizer is missing, or a critic's weights do not go into the policy's engine.
+        ConfigError: a tokenizer is missing, a critic's weights do not go into the policy's engine, or what it reads
+            and writes has no room.
     """
     found: list[str] = []
     critic, partner = critic_model(recipe), partner_model(recipe)
     if critic is not None and traits_of(recipe.critic).engine == "shared":
         found.append(check_alike(recipe.model, critic))
     elif critic is not None:
-        load_tokenizer(critic)
         found.append(f"{critic.name} criticises in an engine of its own")
+    if critic is not None:
+        assert recipe.critic is not None, "it has a model"
+        recipe.critic.settings.check_room(critic, recipe.model, encoder(load_tokenizer(critic)))
     if partner is not None:
         load_tokenizer(partner)
         found.append(f"{partner.name} takes part and does not learn")

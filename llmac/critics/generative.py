@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmac.core.protocols import Player, Resendable
+from llmac.core.protocols import Encode, Player, Resendable
 from llmac.core.scores import Baseline
 from llmac.critics.bench import CriticBench, PolicyOrder, TrainedPolicy
 from llmac.critics.generative_context import Conditioning, Context, contexts
 from llmac.critics.generative_critic import SETTINGS_FILE, TEMPLATE_FILE, Generative
 from llmac.critics.generative_engine import CriticVoice
 from llmac.critics.generative_learning import ScoreLearner
-from llmac.critics.generative_prompt import CriticTemplate
+from llmac.critics.generative_prompt import NOTHING_TOLD, CriticTemplate, critic_prompt
 from llmac.critics.refusals import refuse_infinite, refuse_range, refuse_unless
-from llmac.errors import ConfigError
+from llmac.errors import ConfigError, DataError
 from llmac.models.loading import ModelSpec, context_length
 from llmac.runtime.learner import Optimization
 
@@ -200,7 +200,7 @@ class GenerativeConfig(Optimization):
                 "rollout.engine is vllm_server, whose servers have the policy; set rollout.engine: vllm or hf"
             )
         spec = bench.model_named(bench.model.name if self.init == "policy" else self.init)
-        most = self._most_prompt_tokens(spec)
+        most = self.most_prompt_tokens(spec, bench.model)
         policy = None if not self.learns else self._policy(spec, bench)
         if self.engine == "shared":
             player = bench.player
@@ -236,6 +236,59 @@ class GenerativeConfig(Optimization):
             most_prompt_tokens=most,
         )
 
+    def most_prompt_tokens(self, critic: ModelSpec, policy: ModelSpec) -> int | None:
+        """Tokens of the longest prompt that it is asked about; None: no limit is known.
+
+        Args:
+            critic: its model.
+            policy: the policy's, whose engine it may share, with that engine's context.
+
+        Raises:
+            ConfigError: a context has no room for it beside what is written.
+        """
+        specs = (critic, policy) if self.engine == "shared" else (critic,)
+        known = [(context_length(spec), spec.name) for spec in specs]
+        lengths = [(length, name) for length, name in known if length is not None]
+        if not lengths:
+            return self.max_prompt_tokens
+        whole, name = min(lengths)
+        room = whole - self.max_new_tokens
+        wanted = self.max_prompt_tokens or max(room, 1)
+        if room < wanted:
+            raise ConfigError(
+                f"critic.max_new_tokens is {self.max_new_tokens} beside prompts of {wanted} tokens, and the context of "
+                f"{name} has {whole}; lower critic.max_new_tokens or critic.max_prompt_tokens"
+            )
+        return wanted
+
+    def check_room(self, critic: ModelSpec, policy: ModelSpec, encode: Encode) -> None:
+        """Refuse settings with which no state could be asked about.
+
+        Args:
+            critic: its model.
+            policy: the policy's.
+            encode: the critic's.
+
+        Raises:
+            ConfigError: a context is too small, or the template alone fills it.
+        """
+        most = self.most_prompt_tokens(critic, policy)
+        told = dict(NOTHING_TOLD)
+        if self.conditioning in ("success_rate", "both"):
+            told |= {"tokens_used": 0, "tokens_left": 0}
+        template = CriticTemplate(self.template_file)
+        bare = critic_prompt(template, self, problem="", partial="", told=told)
+        try:
+            tokens = len(encode(bare))
+        except DataError:  # not a token of its own
+            tokens = 0
+        if most is not None and tokens >= most:
+            raise ConfigError(
+                f"critic generative reads prompts of at most {most} tokens, and its template has {tokens} without "
+                "problem and response: no state would be asked about; raise critic.max_prompt_tokens, lower "
+                "critic.max_new_tokens, or set critic.template to a shorter one"
+            )
+
     def asking(self) -> dict[str, Any]:
         """What is saved beside the weights, as JSON has it."""
         return json.loads(json.dumps({name: getattr(self, name) for name in ASKING}))
@@ -265,19 +318,6 @@ class GenerativeConfig(Optimization):
         if saved is not None:
             context.restore(saved["context"])
         return context
-
-    def _most_prompt_tokens(self, spec: ModelSpec) -> int | None:
-        whole = context_length(spec)
-        if whole is None:
-            return self.max_prompt_tokens
-        room = whole - self.max_new_tokens
-        wanted = self.max_prompt_tokens or max(room, 1)
-        if room < wanted:
-            raise ConfigError(
-                f"critic.max_new_tokens is {self.max_new_tokens} beside prompts of {wanted} tokens, and the context of "
-                f"{spec.name} has {whole}; lower critic.max_new_tokens or critic.max_prompt_tokens"
-            )
-        return wanted
 
     def _saved(self) -> Mapping[str, Any] | None:
         """What was saved beside the weights of a generative critic; None: these are of something else."""

@@ -1,6 +1,7 @@
 """A critic's weights go into the policy's engine only where they belong, and that is known before weights are read."""
 
 import json
+import re
 
 import pytest
 
@@ -16,7 +17,14 @@ from .conftest import character_tokenizer
 def shared(settings, home, tmp_path):
     """A recipe whose critic is a copy of the policy without weights, changed: `shared(hidden_size=32)`."""
 
-    def recipe(*, letters="abcdef=", engine="shared", **changes):
+    def recipe(
+        *,
+        letters="abcdef=",
+        engine="shared",
+        template="{{ problem }}{{ partial }}",
+        words=8,
+        **changes,
+    ):
         folder = tmp_path / "second"
         folder.mkdir()
         config = json.loads((home / "model" / "config.json").read_text())
@@ -24,7 +32,11 @@ def shared(settings, home, tmp_path):
         character_tokenizer(letters).save_pretrained(folder)
         settings["algorithm"] = {"name": "ppo", "group_size": 2}
         critic = {"name": "generative", "init": str(folder), "engine": engine}
-        settings["critic"] = critic | {"max_new_tokens": 8}
+        (tmp_path / "t.jinja").write_text(template)
+        settings["critic"] = critic | {
+            "max_new_tokens": words,
+            "template": str(tmp_path / "t.jinja"),
+        }
         return load_recipe(settings)
 
     return recipe
@@ -39,6 +51,26 @@ def test_a_copy_with_other_weights_may_share_the_engine(shared):
     verdict, detail = finding(shared(max_position_embeddings=64, eos_token_id=5))
     assert verdict == "ok"
     assert "the policy's engine can have the weights of" in detail
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        # The policy's context has 32 tokens, also where the critic's own model has more.
+        ({"words": 32}, "of 1 tokens, and the context of .* has 32; lower critic.max_new_tokens"),
+        ({"words": 32, "engine": "own"}, "and the context of .*second has 32"),
+        ({"words": 32, "max_position_embeddings": 99}, "and the context of .*model has 32"),
+        ({"template": "a" * 24 + "{{ problem }}{{ partial }}"}, "its template has 24 without"),
+    ],
+)
+def test_a_critic_whose_words_have_no_room_is_found_before_a_run(shared, asked, message):
+    verdict, detail = finding(shared(**asked))
+    assert verdict == "wrong"
+    assert re.search(message, detail)
+
+
+def test_an_own_engine_has_the_critics_own_context(shared):
+    assert finding(shared(words=32, engine="own", max_position_embeddings=99))[0] == "ok"
 
 
 @pytest.mark.parametrize(
