@@ -108,11 +108,11 @@ def _sampling(sampler: Sampler, seconds: Sequence[SecondEngine], engine: str) ->
     if engine == "vllm_server":
         return {}
     at_rest = {second.item: second.at_rest for second in seconds}
-    waiting = sampler.asleep if engine == "hf" else sampler.awake  # nobody sleeps in between
     moments = [{**sampler.awake, **at_rest}]
     for second in seconds:
         if second.whose == "partner":
-            moments.append({**waiting, **at_rest, second.item: second.at_work})
+            # vLLM's does not sleep in between, and its partner takes no more now than before.
+            moments.append({**sampler.asleep, **at_rest, second.item: second.at_work})
     return _largest(moments)
 
 

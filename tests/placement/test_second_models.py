@@ -140,6 +140,9 @@ def test_a_second_vllm_engine_takes_its_share_of_the_gpu_and_never_sleeps(planne
     for phase in found.phases:
         assert phase.items["critic's engine"] == pytest.approx(0.3 * 80 * GIB, abs=4)
     assert items(found, "values")["sleeping sampler"] == GRAPHS
+    assert found.seconds[0].sampler.longest == 8192
+    limited = planned("critic.max_prompt_tokens=400", engine="vllm")
+    assert limited.seconds[0].sampler.longest == 400 + 300
     for phase in found.phases:  # vLLM's budget is not fragmented by the trainer
         ours = sum(
             size
@@ -170,6 +173,15 @@ def test_a_shared_engine_has_room_for_what_the_critic_reads(planned):
     own, shared = planned().sampler, planned("critic.engine=shared").sampler
     assert shared.longest == INSTRUCTIONS + PROMPT + 200 + 300
     assert (own.rows, shared.rows) == (16, 256)
+
+
+def test_a_shared_engine_of_transformers_holds_two_copies_while_the_critics_weights_arrive(
+    planned, large
+):
+    tiny = ("rollout.max_num_seqs=1", "critic.max_prompt_tokens=1", "critic.max_new_tokens=1")
+    values = items(planned("critic.engine=shared", *tiny), "values")
+    assert values["sampler weights"] == 2 * bare_skeleton_bytes(large)
+    assert values["sync bucket"] > 0
 
 
 def test_only_models_of_one_shape_share_an_engine(planned, smaller):
