@@ -168,6 +168,26 @@ def test_a_prompt_that_does_not_fit_is_not_sent(critic_of):
         assert counts["critic/unparsed"].value == 0
 
 
+def test_ends_are_asked_about_where_somebody_takes_their_value(home, runtime):
+    rows = (*ROWS, row("abcdefg", 0.0, "q", Finish.PAUSED))
+    for takes, ends in ((True, [0.5, 0.6]), (False, [0.0, 0.6])):
+        whole = bench(runtime, model=ModelConfig(name=str(home / "model")), values_ends=takes)
+        critic, engine = talking(
+            whole, lambda t, n: f"<answer>{6 - ('h' in t)}</answer>", home / "t.jinja"
+        )
+        _, _, values = asked(critic, rows)
+        assert ("q:abcdefghi|" in engine.prompts) == takes
+        assert "q:abcdefg|" in engine.prompts
+        assert values.bootstrap.tolist() == pytest.approx([0, 0, 0, *ends])
+
+
+def test_a_rank_without_rows_asks_nothing(critic_of):
+    critic, engine = critic_of(always(5))
+    _, _, values = asked(critic, (), positions=())
+    assert values.at.numel() == 0
+    assert engine.asked == [[]]
+
+
 def test_nothing_to_ask_is_asked_all_the_same(critic_of):
     critic, engine = critic_of(always(5))
     _, _, values = asked(critic, ROWS[:3], positions=())
@@ -262,7 +282,10 @@ def test_the_policys_engine_says_that_it_has_other_weights(critic_of):
         assert engine.policy_version < 0
         critic.update(rollouts, targets(rollouts, starts))
         engine.load_weights(iter(()), 5)  # what the loop does
-    assert [version for version, _ in engine.loaded] == [-1, 5, -2, 5]
+    asked(critic)
+    engine.load_weights(iter(()), 6)
+    asked(critic)  # nothing was learned since, and yet it has the policy's
+    assert [version for version, _ in engine.loaded] == [-1, 5, -2, 5, -3, 6, -3]
 
 
 def test_a_checkpoint_brings_back_what_it_learned_and_remembers(critic_of, tmp_path):
@@ -312,7 +335,7 @@ def test_attempts_are_of_other_problems_right_and_wrong_in_turn(critic_of):
     critic, engine = critic_of(
         always(7), conditioning="attempts", template="attempts.jinja", attempts=3, attempt_tokens=2
     )
-    rows = [row(text, float(text in "ace"), text) for text in "abcdef"]
+    rows = [row(text, 1.0 if text in "ace" else 0.4, text) for text in "abcdef"]
     rows += [row("longer", 1.0, "g"), row("cut", 0.0, "g"), row("no", 9.0, "h", Finish.PAUSED)]
     rows[-1] = dataclasses.replace(rows[-1], reward=None)
     rollouts, _, _ = asked(critic, tuple(rows), positions=(0,))
