@@ -1,5 +1,6 @@
 """Who samples: the engine of a recipe's policy, and those of other models beside it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from llmac.core.protocols import Player, RolloutEngine
 from llmac.data.tokenizing import encoder
 from llmac.engines.readiness import SleepLevel
 from llmac.errors import ConfigError
-from llmac.models.loading import ModelSpec, load_causal_lm, load_tokenizer
+from llmac.models.loading import ModelSpec, context_length, load_causal_lm, load_tokenizer
 from llmac.runtime.context import Runtime
 
 
@@ -75,7 +76,9 @@ class Engines:
             self._recipe, model, tokenizer, self._runtime, longest=longest, sleep_level=sleep_level
         )
         self._all.append(engine)
-        return speaking(engine, tokenizer)
+        rooms = (context_length(model), self._recipe.rollout.max_model_len, longest)
+        limit = min((room for room in rooms if room is not None), default=None)
+        return dataclasses.replace(speaking(engine, tokenizer), limit=limit)
 
 
 def speaking(engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase) -> Player:
@@ -85,6 +88,7 @@ def speaking(engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase) -> Playe
         encode=encoder(tokenizer),
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False)),
         read=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        spell=lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]),
     )
 
 

@@ -102,8 +102,8 @@ class CriticLearns(Critiquing):
     answers_per_prompt: int = 1
     """Answers of the frozen actor to each prompt that are criticised."""
     answers_sampled: int | None = None
-    """Answers sampled for each prompt, from which those to criticise are drawn, half of them right
-    and half wrong as far as a step has so many. None: as many as are criticised. Critique-RL
+    """Answers sampled for each prompt, from which each process draws those to criticise, half of
+    them right and half wrong as far as it has so many. None: as many as are criticised. Critique-RL
     samples answers beforehand; how right and wrong ones are balanced is not known to us."""
     answer_temperature: float = 0.7
     """Of the actor's first answers. Critique-RL's."""

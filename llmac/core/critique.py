@@ -5,11 +5,11 @@
 One of the two is the policy that learns; the other one is frozen.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llmac.core.critique_draw import evenly, filled_up
 from llmac.core.critique_rows import Keep, critiques_as_rows, refinements_as_rows
 from llmac.core.exchange import Attempt, Exchange, Said, Scored, accuracies
 from llmac.core.measures import Mean, Measure, Sum
@@ -39,8 +39,11 @@ class Critique:
     returns a wrong answer of reward 0, which counts nothing. AutoMathCritique (arXiv:2411.16579)
     and CGI (arXiv:2503.16024).
 
-    The frozen player is asked once for what it says without chance. Rewards are those of the run's
-    functions; of a frozen actor's answers they read the text that the policy's tokens make of it.
+    The frozen player is asked once for the answers it gives without chance. Rewards are those of
+    the run's functions; of a frozen actor's answers they read the text that the policy's tokens
+    make of it. Questions and answers that leave no room for what is asked of a player are passed
+    over, and others of the step are criticised again where the critic is trained; an answer whose
+    refinement has no room stands as it is. `critique/too_long` counts all of them.
     """
 
     trains: Literal["actor", "critic"]
@@ -65,7 +68,7 @@ class Critique:
     """Which answers are learned, where the actor is trained."""
     answers_kept: int | None = None
     """Answers a question that are criticised, on average: half of them right and half wrong, as far
-    as the step has them. None: all. With the critic only."""
+    as this rank has them in a step. None: all. With the critic only."""
     partner_model: str | None = None
     """Hub id or folder of the frozen player; None: what the policy began as."""
     player: Player | None = field(default=None, compare=False)
@@ -128,14 +131,17 @@ class Critique:
         Returns:
             trajectories: see the class.
             metrics: those of `exchange.accuracies`, and
-                `reward/mean`: of the rows;
+                `reward/mean`: of the rows, or of first answers where the actor is trained, whose
+                rows are all right;
+                `critique/too_long`: questions, answers and critiques that left no room;
                 `critique/partner_tokens`: tokens that the frozen player sampled;
                 `rollout/sampled_tokens`: tokens that both sampled;
                 with the actor also `critique/answers_learned`, `critique/refinements_learned` and
                 `critique/refinements_barred`.
 
         Raises:
-            ValueError: a player is missing, or a column that `keep` reads.
+            ValueError: a player is missing, or a column that `keep` reads, or no answer of this
+                rank leaves room for a critique.
         """
         policy, partner = self._voices(engine, seed)
         actor, critic = (policy, partner) if self.trains == "actor" else (partner, policy)
@@ -145,7 +151,9 @@ class Critique:
             return self._scored(texts, score, own=actor is policy)
 
         attempts = self._attempts(drawn, actor, scored)
-        criticised = self._criticised(attempts, seed)
+        short = [a for a in attempts if critic.fits(self._to_criticise(a, critic), self.critiques)]
+        too_long = len(drawn) * self.answers.n - len(short)
+        criticised = self._criticised(short, seed)
         critiques = critic.say([self._to_criticise(a, critic) for a in criticised], self.critiques)
         about = [
             (number, attempt, critique)
@@ -154,23 +162,43 @@ class Critique:
         ]
         refined: list[list[Scored]] = [[] for _ in about]
         if self.refinements is not None:
-            asked = [self._to_refine(attempt, critique, actor) for _, attempt, critique in about]
-            written = actor.say(asked, self.refinements)
-            judged = iter(
-                scored(
-                    [
-                        (attempt.prompt, one)
-                        for (_, attempt, _), some in zip(about, written, strict=True)
-                        for one in some
-                    ]
-                )
-            )
-            refined = [[next(judged) for _ in some] for some in written]
+            refined, unrefined = self._refined(about, actor, self.refinements, scored)
+            too_long += unrefined
         exchanges = [
             self._exchange(number, attempt, critique, tuple(some))
             for (number, attempt, critique), some in zip(about, refined, strict=True)
         ]
-        return self._rows(attempts, exchanges, policy, partner)
+        rows, metrics = self._rows(attempts, exchanges, policy, partner)
+        return rows, {**metrics, "critique/too_long": Sum(float(too_long))}
+
+    def _refined(
+        self,
+        about: Sequence[tuple[int, Attempt, Said]],
+        actor: Voice,
+        params: SamplingParams,
+        scored: Callable[[Sequence[tuple[Prompt, Said]]], list[Scored]],
+    ) -> tuple[list[list[Scored]], int]:
+        """What follows each critique, and how many critiques left no room for it."""
+        asked = [self._to_refine(attempt, critique, actor) for _, attempt, critique in about]
+        fit = [actor.fits(prompt, params) for prompt in asked]
+        written = iter(actor.say([p for p, ok in zip(asked, fit, strict=True) if ok], params))
+        said = [next(written) if ok else [] for ok in fit]
+        judged = iter(
+            scored(
+                [
+                    (attempt.prompt, one)
+                    for (_, attempt, _), some in zip(about, said, strict=True)
+                    for one in some
+                ]
+            )
+        )
+        refined = [[next(judged) for _ in some] for some in said]
+        if self.trains == "critic":
+            refined = [
+                some or [attempt.answer]
+                for some, (_, attempt, _) in zip(refined, about, strict=True)
+            ]
+        return refined, fit.count(False)
 
     def _rows(
         self,
@@ -183,13 +211,15 @@ class Critique:
         if self.trains == "critic":
             assert self.judge is not None
             rows = critiques_as_rows(exchanges, self.judge, policy.player)
+            rewards = [row.reward or 0.0 for row in rows]
         else:
             assert self.keep is not None
             rows, counts = refinements_as_rows(attempts, exchanges, self.keep, policy.player)
+            rewards = [attempt.answer.reward for attempt in attempts]
         return rows, {
             **accuracies(attempts, exchanges, reads_verdicts=self.verdicts is not None),
             **counts,
-            "reward/mean": Mean(sum(row.reward or 0.0 for row in rows), float(len(rows))),
+            "reward/mean": Mean(float(sum(rewards)), float(len(rewards))),
             "critique/partner_tokens": Sum(float(partner.tokens)),
             "rollout/sampled_tokens": Sum(float(policy.tokens + partner.tokens)),
         }
@@ -219,13 +249,11 @@ class Critique:
             asked = [prompt.token_ids for prompt in drawn]
         else:
             asked = [actor.player.encode(self.wording.to_answer(p.source)) for p in drawn]
-        said = [
-            (number, prompt, one)
-            for number, (prompt, some) in enumerate(
-                zip(drawn, actor.say(asked, self.answers), strict=True)
-            )
-            for one in some
-        ]
+        # Prompts of the data fit the policy; what the partner's template makes of them need not.
+        own = self.trains == "actor"
+        short = [i for i, ids in enumerate(asked) if own or actor.fits(ids, self.answers)]
+        answered = actor.say([asked[i] for i in short], self.answers, come_back=True)
+        said = [(i, drawn[i], one) for i, some in zip(short, answered, strict=True) for one in some]
         answers = scored([(prompt, one) for _, prompt, one in said])
         return [
             Attempt(question=number, prompt=prompt, answer=answer)
@@ -235,11 +263,17 @@ class Critique:
     def _criticised(self, attempts: Sequence[Attempt], seed: int) -> list[Attempt]:
         if self.keep is not None:
             return [a for a in attempts if self.keep.also_right or not a.answer.right]
-        if self.answers_kept is None:
-            return list(attempts)
+        count = (self.answers_kept or self.answers.n) * self.prompts_per_step
+        if not attempts:
+            raise ValueError(
+                f"none of the {self.prompts_per_step} questions and their answers leaves room for "
+                f"a critique of {self.critiques.max_new_tokens} tokens; lower "
+                "algorithm.answer_tokens, rollout.max_new_tokens or data.max_prompt_tokens, or "
+                "take models with a longer context"
+            )
         right = [attempt.answer.right for attempt in attempts]
-        count = self.answers_kept * self.prompts_per_step
-        return [attempts[i] for i in evenly(right, count, seed=seed)]
+        taken = evenly(right, min(count, len(attempts)), seed=seed)
+        return [attempts[i] for i in filled_up(taken, count)]
 
     def _to_criticise(self, attempt: Attempt, critic: Voice) -> tuple[int, ...]:
         words = self.wording.to_criticise(attempt.prompt.source, attempt.answer.said.text)
@@ -293,25 +327,5 @@ class Critique:
 
     def _in_own_tokens(self, text: str) -> tuple[int, ...]:
         assert self.player is not None
-        return self.player.encode(text) if text else ()
-
-
-def evenly(right: Sequence[bool], count: int, *, seed: int) -> list[int]:
-    """Which answers to take, half of them right and half wrong as far as there are so many.
-
-    Args:
-        right: of each answer whether it is.
-        count: answers to take, at most all.
-        seed: who of the right and who of the wrong ones is drawn from it.
-
-    Returns:
-        Places, ascending.
-
-    >>> evenly([True, False, True], 2, seed=0) in ([0, 1], [1, 2])
-    True
-    """
-    order = list(range(len(right)))
-    random.Random(f"evenly-{seed}").shuffle(order)
-    good, bad = [i for i in order if right[i]], [i for i in order if not right[i]]
-    from_good = min(len(good), max(count // 2, count - len(bad)))
-    return sorted([*good[:from_good], *bad[: count - from_good]])
+        spell = self.player.spell or self.player.encode
+        return spell(text) if text else ()

@@ -122,6 +122,10 @@ class Player:
     """Special tokens included."""
     read: Decode
     """Without special tokens: what is shown to another model, or to a reward function."""
+    spell: Callable[[str], tuple[int, ...]] | None = None
+    """Token ids of a text as it is, without special tokens, which may be none; None: as `encode`."""
+    limit: int | None = None
+    """Tokens of a prompt and what is sampled to it together that `engine` takes; None: not known."""
 
 
 @runtime_checkable

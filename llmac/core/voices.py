@@ -1,4 +1,4 @@
-"""Asking a player: a seed for every request, and what a frozen one said without chance is remembered."""
+"""Asking a player: a seed for every request, and what a frozen one said of the data is remembered."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -52,14 +52,28 @@ class Voice:
         self.tokens = 0
         """Sampled so far."""
 
-    def say(self, prompts: Prompts, params: SamplingParams) -> list[list[Said]]:
+    def fits(self, prompt: tuple[int, ...], params: SamplingParams) -> bool:
+        """Whether the engine has room for the prompt and everything that may be sampled to it."""
+        limit = self.player.limit
+        return limit is None or len(prompt) + params.max_new_tokens <= limit
+
+    def say(
+        self, prompts: Prompts, params: SamplingParams, *, come_back: bool = False
+    ) -> list[list[Said]]:
         """`params.n` completions to each prompt. The engine is asked exactly once, maybe for nothing.
 
         Ranks share engines, and must come to them equally often. A greedy frozen player is asked
-        each prompt once, and not again in later steps.
+        each prompt once.
+
+        Args:
+            prompts: each of them fits.
+            params: of all.
+            come_back: whether later steps will have the same prompts, so that what a greedy frozen
+                player says is worth remembering.
         """
         if self._memory is not None and params.temperature == 0:
-            answers = self._remembered(prompts, params, self._memory)
+            memory = self._memory if come_back else Memory()
+            answers = self._remembered(prompts, params, memory)
         else:
             answers = self._drawn(prompts, params)
         return [

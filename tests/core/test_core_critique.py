@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 
-from llmac.core.critique import Critique, evenly
+from llmac.core.critique import Critique
+from llmac.core.critique_draw import evenly
 from llmac.core.critique_rows import REFINED, Keep
 from llmac.core.measures import combine
 from llmac.core.protocols import NeedsPartner, RolloutPlan, SamplingParams, Uneven, WritesPrompts
@@ -118,6 +119,7 @@ def test_what_a_step_says_is_counted_by_hand():
         "reward/mean": 4.6 / 6,
         # Partner: 3 answers of 2 tokens, 6 refinements of 1; policy: 6 critiques of 4.
         "critique/partner_tokens": 12.0,
+        "critique/too_long": 0.0,
         "rollout/sampled_tokens": 36.0,
     }
     assert metrics == pytest.approx(expected)
@@ -184,6 +186,7 @@ def test_an_actor_is_trained_on_right_answers_and_refined_ones_are_answers_to_th
     assert all(t.reward == 1 for t in rows)
     assert rows[0].sampler_logprobs == (0.0, 0.0, 0.0)  # sampled to another prompt
     assert rows[2].sampler_logprobs == (-0.5, -0.5)
+    assert metrics["reward/mean"] == 0.5  # of first answers
     assert metrics["critique/answers_learned"] == 3
     assert metrics["critique/refinements_learned"] == 3
     assert metrics["critique/answer_accuracy"] == 0.5
@@ -253,12 +256,13 @@ def test_a_frozen_greedy_player_is_asked_once_and_others_every_time():
     plan = introduced(trains_critic(prompts_per_step=1))
     for _ in range(2):
         plan.rollout(plan.player.engine, Questions(), score, seed=1)
-    assert [len(asked) for asked in plan.partner.engine.asked] == [1, 2, 0, 0]
+    # Answers to the data come back; refinements of what the policy says do not.
+    assert [len(asked) for asked in plan.partner.engine.asked] == [1, 2, 0, 2]
     assert [len(asked) for asked in plan.player.engine.asked] == [1, 1]
     warm = introduced(trains_critic(prompts_per_step=1, answers=DRAWN))
     for _ in range(2):
         warm.rollout(warm.player.engine, Questions(), score, seed=1)
-    assert [len(asked) for asked in warm.partner.engine.asked] == [1, 2, 1, 0]
+    assert [len(asked) for asked in warm.partner.engine.asked] == [1, 2, 1, 2]
 
 
 def test_a_player_that_learns_is_never_remembered_and_memory_is_bounded():
@@ -270,7 +274,7 @@ def test_a_player_that_learns_is_never_remembered_and_memory_is_bounded():
     frozen, memory = player(lambda prompt, number: "a"), Memory(most=2)
     voice = Voice(frozen, frozen.engine, seed=0, memory=memory)
     for word in ("x", "yz", "y", "x"):
-        voice.say([encode(letter) for letter in word], GREEDY)
+        voice.say([encode(letter) for letter in word], GREEDY, come_back=True)
     assert frozen.engine.asked == [["x"], ["y", "z"], [], ["x"]]
 
 
@@ -373,6 +377,63 @@ def test_the_plan_says_what_it_needs_and_misses():
     plan.player = player(critic)
     with pytest.raises(ValueError, match="does not know the frozen player"):
         plan.rollout(plan.player.engine, Questions(), score, seed=0)
+
+
+def bounded(plan, *, policy=None, partner=None):
+    plan.player = dataclasses.replace(plan.player, limit=policy)
+    plan.partner = dataclasses.replace(plan.partner, limit=partner)
+    return plan
+
+
+def lengthy(prompt, number):
+    """Answers question 1 at length, and obeys critiques."""
+    return obeys(prompt, number) if prompt[0] == "R" else "x" * 8 * (prompt[0] == "1") + "x1"
+
+
+def test_an_answer_too_long_to_criticise_makes_room_for_another_one():
+    # C2?x1 and a critique of 12 tokens at most; the first answer is longer.
+    rows, metrics = rolled(bounded(introduced(trains_critic(), answers=lengthy), policy=5 + 12))
+    assert [decode(t.prompt.token_ids) for t in rows[::2]] == ["C2?x1", "C3?x1", "C2?x1"]
+    assert [t.group for t in rows] == [0, 0, 1, 1, 2, 2]
+    assert metrics["critique/too_long"] == 1
+    with pytest.raises(ValueError, match=r"none of the 3 questions .* lower algorithm\.answer_tok"):
+        rolled(bounded(introduced(trains_critic()), policy=16))
+
+
+def test_an_answer_that_nobody_has_room_to_refine_stands_as_it_is():
+    # R1?x1|v- 1 and a refinement of 9 tokens at most.
+    plan = bounded(introduced(trains_critic(), answers=lengthy), partner=10 + 9)
+    rows, metrics = rolled(plan)
+    assert metrics["critique/too_long"] == 2
+    assert [t.reward_parts[REFINED] for t in rows] == [1, 1, 1, 0, 1, 0]
+    assert [len(asked) for asked in plan.partner.engine.asked] == [3, 4]
+
+
+def test_a_question_that_the_partner_has_no_room_for_is_passed_over():
+    class Longer(Questions):
+        def take(self, count):
+            first, *others = super().take(count)
+            return [dataclasses.replace(first, source="1" * 20), *others]
+
+    plan = bounded(introduced(trains_critic()), partner=19)
+    rows, metrics = plan.rollout(plan.player.engine, Longer(), score, seed=0)
+    assert [decode(t.prompt.token_ids)[1] for t in rows[::2]] == ["2", "3", "2"]
+    assert metrics["critique/too_long"].value == 1
+
+
+def test_an_actor_learns_from_what_has_room():
+    plan = introduced(trains_actor(), answers=by_heart, criticises=lambda p, n: "v-")
+    _, metrics = rolled(bounded(plan, policy=12))  # first answers only
+    counts = ("critique/too_long", "critique/answers_learned", "critique/refinements_learned")
+    assert [metrics[name] for name in counts] == [3, 3, 0]
+    assert rolled(bounded(plan, partner=1))[1]["critique/too_long"] == 6
+
+
+def test_answers_that_the_policy_has_no_tokens_for_are_empty():
+    plan = introduced(trains_critic(prompts_per_step=1))
+    plan.player = dataclasses.replace(plan.player, spell=lambda text: ())
+    _, metrics = rolled(plan)
+    assert (metrics["critique/answer_accuracy"], metrics["critique/refined_accuracy"]) == (0, 0)
 
 
 def test_answers_that_were_cut_stay_cut_for_the_reward_functions():
