@@ -393,6 +393,7 @@ def _learners(
         score=rewards,
         sampling=sampling_of(recipe),
         decode=player.decode,
+        values_ends=getattr(recipe.algorithm.settings, "on_truncation", None) != "terminal",
         seed=recipe.run.seed,
         pad_id=pad_id,
         packing=recipe.actor.packing,

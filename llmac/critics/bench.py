@@ -113,6 +113,9 @@ class CriticBench:
     """How the run samples responses, for critics that continue them; None: nothing can be sampled."""
     decode: Decode | None = None
     """Text of token ids, special tokens included; for critics that continue responses which stop strings end."""
+    values_ends: bool = True
+    """Whether the algorithm takes V behind a response that the length limit has cut; False: a critic for which that is
+    dear may say 0 there, but not behind a response that is only paused."""
     seed: int = 0
     """Of the run."""
     pad_id: int

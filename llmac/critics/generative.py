@@ -16,7 +16,7 @@ from llmac.core.scores import Baseline
 from llmac.critics.bench import CriticBench, PolicyOrder, TrainedPolicy
 from llmac.critics.generative_context import Conditioning, Context, contexts
 from llmac.critics.generative_critic import SETTINGS_FILE, TEMPLATE_FILE, Generative
-from llmac.critics.generative_engine import CriticVoice
+from llmac.critics.generative_engine import CriticEngine
 from llmac.critics.generative_learning import ScoreLearner
 from llmac.critics.generative_prompt import NOTHING_TOLD, CriticTemplate, critic_prompt
 from llmac.critics.refusals import refuse_infinite, refuse_range, refuse_unless
@@ -213,7 +213,7 @@ class GenerativeConfig(Optimization):
             context=self._context(bench, bench.player),
             writer=bench.player,
             player=player,
-            voice=CriticVoice(
+            voice=CriticEngine(
                 player.engine,
                 policy,
                 shared=self.engine == "shared",
@@ -234,6 +234,7 @@ class GenerativeConfig(Optimization):
             spec=spec,
             seed=bench.seed,
             most_prompt_tokens=most,
+            values_ends=bench.values_ends,
         )
 
     def most_prompt_tokens(self, critic: ModelSpec, policy: ModelSpec) -> int | None:

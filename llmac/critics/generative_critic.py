@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,14 @@ from llmac.core.types import CriticTargets, Rollouts, Trajectory, Values
 from llmac.core.value_heads import OUTSIDE
 from llmac.critics.bench import TrainedPolicy
 from llmac.critics.generative_context import Context
-from llmac.critics.generative_engine import CriticVoice
-from llmac.critics.generative_learning import Lesson, Said, ScoreLearner
-from llmac.critics.generative_prompt import CriticTemplate, critic_prompt, problem_text
+from llmac.critics.generative_engine import CriticEngine
+from llmac.critics.generative_learning import Lesson, ScoreLearner, Written
+from llmac.critics.generative_prompt import (
+    NOTHING_TOLD,
+    CriticTemplate,
+    critic_prompt,
+    problem_text,
+)
 from llmac.errors import ConsistencyError
 from llmac.models.loading import ModelSpec, load_tokenizer
 from llmac.runtime.context import Runtime
@@ -29,10 +35,14 @@ from llmac.runtime.saving import save_whole
 if TYPE_CHECKING:
     from llmac.critics.generative import GenerativeConfig
 
+logger = logging.getLogger(__name__)
+
 SETTINGS_FILE, TEMPLATE_FILE = "generative_critic.json", "critic_template.jinja"
 """Beside the weights of a saved critic: what its scores mean and what it remembers; what it reads."""
 _MEMORY_FILE = "memory.json"
 _PROBE_TOKENS = 16
+_SILENT_STEPS = 3
+"""Steps without any score after which that is said."""
 
 
 class Generative:
@@ -52,13 +62,14 @@ class Generative:
         context: Context,
         writer: Player,
         player: Player,
-        voice: CriticVoice,
+        voice: CriticEngine,
         policy: TrainedPolicy | None,
         learner: ScoreLearner | None,
         runtime: Runtime,
         spec: ModelSpec,
         seed: int,
         most_prompt_tokens: int | None,
+        values_ends: bool,
     ) -> None:
         """Put the parts together.
 
@@ -75,33 +86,33 @@ class Generative:
             spec: where its tokenizer is.
             seed: of the run.
             most_prompt_tokens: longest prompt; None: there is no limit.
+            values_ends: whether the ends of responses that the length limit has cut are asked about; those of paused
+                ones always are.
         """
         self._config, self._template, self._context = config, template, context
         self._writer, self._player, self._voice = writer, player, voice
         self._policy, self._learner, self._runtime = policy, learner, runtime
         self._spec, self._seed, self._most = spec, seed, most_prompt_tokens
+        self._values_ends = values_ends
         low = config.reward_range[0]
         self._unparsed = low if config.unparsed_value is None else config.unparsed_value
         self._updates = 0
         self._rows: tuple[Trajectory, ...] = ()
-        self._said: dict[tuple[int, int], Said] = {}
+        self._said: dict[tuple[int, int], Written] = {}
         self._spare: tuple[int, ...] = ()
+        self._silent_steps = 0
         self._metrics: dict[str, Measure] = {}
 
     def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
-        """Of all states asked about, and of the ends of truncated rows, in one call of the engine. Collective."""
+        """Of all states asked about, and of the ends of rows that go on, in one call of the engine. Collective."""
         places = starts.nonzero().tolist()
         rows, limit = rollouts.trajectories, rollouts.length_limit
-        ends = [
-            [row, len(rows[row].response_ids)]
-            for row in rollouts.truncated.nonzero()[:, 0].tolist()
-        ]
+        go_on = rollouts.truncated if self._values_ends else rollouts.paused
+        ends = [[row, len(rows[row].response_ids)] for row in go_on.nonzero()[:, 0].tolist()]
         states = [State(origin=rows[row], position=t) for row, t in places + ends]
         distinct, which = merged(states)
         prompts = [self._prompt(state, limit) for state in distinct]
-        self._spare = (
-            prompts[0] if prompts else self._prompt(State(origin=rows[0], position=0), limit)
-        )
+        self._spare = self._spare or self._any_prompt()
         said = self._ask(distinct, prompts)
         worth = [self._value(told) for told in said]
 
@@ -129,7 +140,7 @@ class Generative:
         Raises:
             ConsistencyError: the rows are not those of the last `values`.
         """
-        found: dict[int, tuple[Said, list[float]]] = {}
+        found: dict[int, tuple[Written, list[float]]] = {}
         beyond = 0
         low, high = self._config.reward_range
         for (row, t), said in self._said.items():
@@ -210,9 +221,15 @@ class Generative:
         )
         return self._player.encode(written)
 
+    def _any_prompt(self) -> tuple[int, ...]:
+        """One about nothing, which fits: for ranks that have nothing to ask, and for the proof of an engine."""
+        told = {**NOTHING_TOLD, "tokens_used": 0, "tokens_left": 0}
+        written = critic_prompt(self._template, self._config, problem="?", partial="", told=told)
+        return self._player.encode(written)
+
     def _ask(
         self, states: Sequence[State], prompts: Sequence[tuple[int, ...]]
-    ) -> list[Said | None]:
+    ) -> list[Written | None]:
         """What is written about each state; None: its prompt is too long."""
         config = self._config
         self._voice.bring(self._updates, self._spare[:_PROBE_TOKENS])
@@ -237,9 +254,9 @@ class Generative:
             ]
         )
         groups: dict[object, int] = defaultdict(lambda: len(groups))
-        said: list[Said | None] = [None] * len(states)
+        said: list[Written | None] = [None] * len(states)
         for n, completions in zip(order, answers, strict=True):
-            said[n] = Said(
+            said[n] = Written(
                 prompt_ids=prompts[n],
                 completions=tuple(completions),
                 values=tuple(self._fraction(completion) for completion in completions),
@@ -256,7 +273,7 @@ class Generative:
             return None
         return value_of_score(score, scale=config.scale, reward_range=(0.0, 1.0))
 
-    def _value(self, said: Said | None) -> float:
+    def _value(self, said: Written | None) -> float:
         """In reward units."""
         scores = [] if said is None else [v for v in said.values if v is not None]
         if not scores:
@@ -264,11 +281,21 @@ class Generative:
         low, high = self._config.reward_range
         return low + (high - low) * sum(scores) / len(scores)
 
-    def _count(self, said: Sequence[Said | None], *, asked: int) -> None:
+    def _count(self, said: Sequence[Written | None], *, asked: int) -> None:
         written = [told for told in said if told is not None]
         texts = float(sum(len(told.completions) for told in written))
         tokens = float(sum(len(c.token_ids) for told in written for c in told.completions))
         silent = float(sum(value is None for told in written for value in told.values))
+        self._silent_steps = self._silent_steps + 1 if said and silent == texts else 0
+        if self._silent_steps == _SILENT_STEPS:
+            logger.warning(
+                "the critic wrote no score about any state of %d steps (%d of the last %d prompts were too long): all "
+                "have unparsed_value, and nothing is learned; train it by sft first, or look at critic.template, "
+                "critic.max_new_tokens and critic.max_prompt_tokens",
+                _SILENT_STEPS,
+                len(said) - len(written),
+                len(said),
+            )
         self._metrics |= {
             "critic/states": Sum(float(len(written))),
             "critic/states_merged": Mean(float(asked - len(said)), float(asked)),

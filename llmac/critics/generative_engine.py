@@ -12,7 +12,7 @@ CheckEngine = Callable[..., Any]
 """`llmac.engines.probe.check_engine_holds` with the run's tolerance."""
 
 
-class CriticVoice:
+class CriticEngine:
     """An engine that has the critic's weights when it is asked.
 
     Its own engine gets them when they have changed often enough since the last time. The policy's engine has the

@@ -26,7 +26,7 @@ from llmac.runtime.context import Runtime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class Written:
     """What the critic wrote about one state."""
 
     prompt_ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class Said:
 class Lesson:
     """What was written about a state, and what became of the responses that came through it."""
 
-    said: Said
+    said: Written
     outcomes: tuple[float, ...]
     """z of each of those responses, in [0, 1]; at least one."""
 
@@ -127,7 +127,9 @@ class ScoreLearner:
         if not lessons:
             credit = credit.counting_nothing()
         learned = self._policy.update(rollouts, credit, self._algorithm)
-        seen = {name: m for name, m in credit.metrics.items() if name.startswith("actor/")}
+        # The spare row is no text of the critic's: what is seen of it is nothing to report.
+        told = credit.metrics.items() if lessons else ()
+        seen = {name: m for name, m in told if name.startswith("actor/")}
         return {_renamed(name): measure for name, measure in {**seen, **learned}.items()}
 
 

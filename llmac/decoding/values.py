@@ -1,5 +1,6 @@
 """Who says what the beginning of a response is worth: a value model, a critic, or anything else that can."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -89,7 +90,11 @@ class CriticSays:
         if not states:
             return []
         groups = {prompt: number for number, prompt in enumerate({s.prompt.id for s in states})}
-        rows = [_row(state, groups[state.prompt.id]) for state in states]
+        # Paused, not cut: what a run's algorithm makes of the length limit is not asked here.
+        rows = [
+            dataclasses.replace(_row(state, groups[state.prompt.id]), finish=Finish.PAUSED)
+            for state in states
+        ]
         longest = max(len(row.response_ids) for row in rows)
         batch = collate(rows, length_limit=self._length_limit or longest)
         rollouts = Rollouts.of(batch, old_logprobs=torch.zeros_like(batch.sampler_logprobs))

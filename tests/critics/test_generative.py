@@ -181,11 +181,28 @@ def test_ends_are_asked_about_where_somebody_takes_their_value(home, runtime):
         assert values.bootstrap.tolist() == pytest.approx([0, 0, 0, *ends])
 
 
-def test_a_rank_without_rows_asks_nothing(critic_of):
-    critic, engine = critic_of(always(5))
-    _, _, values = asked(critic, (), positions=())
-    assert values.at.numel() == 0
-    assert engine.asked == [[]]
+def test_the_row_of_a_rank_without_lessons_fits(critic_of):
+    critic, _ = critic_of(always(5), max_prompt_tokens=4)
+    asked(critic, positions=(2,))  # "p:ab|" is too long
+    spares = []
+    critic._learner.learn = lambda lessons, *, spare: spares.append((lessons, spare)) or {}
+    rollouts = rollouts_of(ROWS)
+    critic.update(rollouts, targets(rollouts, starts_at(rollouts, 2)))
+    [(lessons, spare)] = spares
+    assert not lessons
+    assert len(spare) <= 4
+
+
+@pytest.mark.parametrize(
+    ("say", "most", "told"), [("hm", None, 1), ("hm", 2, 1), ("<answer>3</answer>", None, 0)]
+)
+def test_a_critic_that_never_says_a_score_is_reported_once(say, most, told, critic_of, caplog):
+    critic, _ = critic_of(lambda text, n: say, max_prompt_tokens=most)
+    for step in range(5):
+        assert sum("wrote no score" in r.message for r in caplog.records) == (
+            told if step >= 3 else 0
+        )
+        asked(critic)
 
 
 def test_nothing_to_ask_is_asked_all_the_same(critic_of):
