@@ -172,14 +172,20 @@ def _critic(asked: str | None, run: SavedRun) -> Path | Choice:
         saved = run.folder / "final" / "critic"
         if not (run.is_final and saved.is_dir()):
             return own
+        if (saved / SETTINGS_FILE).is_file():
+            return _generative(saved)
         return saved if (saved / HEAD_FILE).is_file() else _started_from(own, saved)
     folder = Path(asked).expanduser()
     if folder.is_dir():
         if (folder / SETTINGS_FILE).is_file():
             return _generative(folder)
         if not (folder / HEAD_FILE).is_file():
-            inside = [p for p in ("critic", "final/critic") if (folder / p / HEAD_FILE).is_file()]
-            hint = f" Did you mean {folder / inside[0]}?" if inside else ""
+            inside = [
+                place
+                for place in (folder / "critic", folder / "final/critic")
+                if any((place / file).is_file() for file in (HEAD_FILE, SETTINGS_FILE))
+            ]
+            hint = f" Did you mean {inside[0]}?" if inside else ""
             raise CheckpointError(
                 f"{folder} has no {HEAD_FILE}: it is not a value model saved by llmac.{hint} A critic of another kind "
                 f"starts from its folder by name: --critic '{{name: surprise, init: {folder}}}'"

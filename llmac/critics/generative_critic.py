@@ -103,6 +103,11 @@ class Generative:
         self._silent_steps = 0
         self._metrics: dict[str, Measure] = {}
 
+    @property
+    def shares_engine(self) -> bool:
+        """Whether the policy's engine has the critic's weights once it was asked."""
+        return self._config.engine == "shared"
+
     def values(self, rollouts: Rollouts, starts: Bool[Tensor, "B T"]) -> Values:
         """Of all states asked about, and of the ends of rows that go on, in one call of the engine. Collective."""
         places = starts.nonzero().tolist()

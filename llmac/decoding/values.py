@@ -10,6 +10,7 @@ import torch
 from llmac.core.collate import collate
 from llmac.core.protocols import Critic
 from llmac.core.types import Finish, Prompt, Rollouts, Trajectory
+from llmac.errors import ConfigError
 from llmac.models.packing import PackedRows, Packing
 from llmac.models.path_probe import settled
 from llmac.models.value_model import ValueModel
@@ -32,6 +33,16 @@ class SaysValues(Protocol):
 
     def values_of(self, states: Sequence[State]) -> list[float]:
         """V of each state, in their order."""
+        ...
+
+
+@runtime_checkable
+class SharesEngine(Protocol):
+    """A critic that can say whether it speaks through the policy's engine."""
+
+    @property
+    def shares_engine(self) -> bool:
+        """Whether that engine has the critic's weights once it was asked."""
         ...
 
 
@@ -81,7 +92,15 @@ class CriticSays:
             critic: any.
             length_limit: response length, tokens, at which sampling will be cut, for critics that want to know how much
                 is left; None: that of the longest state of a call.
+
+        Raises:
+            ConfigError: it speaks through the policy's engine, which would go on with the critic's weights.
         """
+        if isinstance(critic, SharesEngine) and critic.shares_engine:
+            raise ConfigError(
+                "a critic with engine: shared puts its weights into the policy's engine, and nobody puts the policy's "
+                "back between two tokens; set critic.engine: own to guide sampling by it"
+            )
         self._critic = critic
         self._length_limit = length_limit
 

@@ -3,18 +3,21 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from llmac.config.cards import Choice
 from llmac.config.schema import ModelConfig
 from llmac.core.types import CriticTargets, Finish, Prompt
 from llmac.critics.generative import GenerativeConfig
 from llmac.critics.generative_critic import SETTINGS_FILE, TEMPLATE_FILE
 from llmac.critics.generative_prompt import VARIABLES, CriticTemplate, problem_text
-from llmac.errors import ConfigError, ConsistencyError
+from llmac.errors import CheckpointError, ConfigError, ConsistencyError
+from llmac.eval_critic import _critic
 from llmac.runtime.context import Runtime
 
 from .making import CONFIG, bench
@@ -481,3 +484,18 @@ def test_a_saved_critic_is_asked_as_it_learned_to_be_asked(tmp_path, critic_of):
     assert CriticTemplate(config.template_file).source == "{{ partial }}{{ problem }}!"
     own = GenerativeConfig(init=str(tmp_path), scale=(0, 5), template=None)
     assert own.template_file == str(tmp_path / TEMPLATE_FILE)
+
+
+def test_a_finished_runs_own_critic_is_asked_and_does_not_learn(tmp_path):
+    saved = tmp_path / "final/critic"
+    saved.mkdir(parents=True)
+    asking = GenerativeConfig(scale=(0, 5)).asking()
+    (saved / SETTINGS_FILE).write_text(json.dumps(asking | {"context": {}}))
+    (saved / TEMPLATE_FILE).write_text(TEMPLATE)
+    own = Choice(name="generative", settings=GenerativeConfig(scale=(0, 5), engine="shared"))
+    run = SimpleNamespace(recipe=SimpleNamespace(critic=own), folder=tmp_path, is_final=True)
+    for asked_for in (None, str(saved)):
+        chosen = _critic(asked_for, run).settings
+        assert (chosen.learns, chosen.init, chosen.scale) == (False, str(saved), (0, 5))
+    with pytest.raises(CheckpointError, match=r"Did you mean .*final/critic\?"):
+        _critic(str(tmp_path), run)
