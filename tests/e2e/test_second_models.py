@@ -111,6 +111,43 @@ def test_an_engine_of_its_own_takes_any_model_with_a_tokenizer(shared, tmp_path)
     assert "second" in detail
 
 
+@pytest.fixture
+def criticised(settings):
+    """Recipes of two players: `criticised("rl4f", refine_tokens=4)`."""
+
+    def recipe(name, **fields):
+        settings["algorithm"] = {"name": name, "chat": False, **fields}
+        settings["rollout"] = {"max_new_tokens": 4}
+        return load_recipe(settings)
+
+    return recipe
+
+
+SPOKEN = {"critique_prompt": "{question}{answer}=", "refine_prompt": "{question}{answer}{critique}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("rl4f", {"chat": True}, "the tokenizer of .*model has no chat template; set algorithm.ch"),
+        ("rl4f", {"answer_tokens": 32}, "an answer may take 32 tokens .* has room for 32, and a q"),
+        ("rl4f", {"answer_tokens": 27}, "an answer and a critique of it may take 32 tokens"),
+        ("rl4f", {"answer_tokens": 8, "refine_tokens": 20}, "algorithm.refine_tokens or rollout.m"),
+        ("critique_rl", {"answer_tokens": 30}, "lower algorithm.answer_tokens or rollout.max_new"),
+        ("critique_loop", {"critique_tokens": 24}, "a refinement.* 32 .*algorithm.critique_tokens"),
+    ],
+)
+def test_players_that_cannot_be_spoken_to_are_found_before_a_run(criticised, name, fields, message):
+    verdict, detail = finding(criticised(name, **SPOKEN, **fields))
+    assert verdict == "wrong"
+    assert re.search(message, detail)
+
+
+def test_players_with_room_for_a_question_are_taken(criticised):
+    assert finding(criticised("rl4f", **SPOKEN, answer_tokens=8, refine_tokens=19))[0] == "ok"
+    assert finding(criticised("critique_rl", **SPOKEN, answer_tokens=26))[0] == "ok"
+
+
 def test_models_on_the_hub_are_not_downloaded_to_be_looked_at(settings):
     settings["algorithm"] = {"name": "ppo", "group_size": 2}
     settings["critic"] = {"name": "generative", "init": "org/second"}
