@@ -11,7 +11,7 @@ from typing import Any
 from llmac.config.cards import Choice, idle_fields
 from llmac.config.critic_fit import critic_that_does_not_fit
 from llmac.config.schema import DataConfig, Recipe, Section
-from llmac.config.traits import learns, partner_of, traits_of
+from llmac.config.traits import learns, partner_of, plan_of, traits_of
 from llmac.config.words import found
 from llmac.errors import ConfigError
 
@@ -195,6 +195,13 @@ def _plan_that_cannot_be(recipe: Recipe) -> Iterator[str]:
     except ValueError as error:
         yield f"algorithm {recipe.algorithm.name}: {error}"
         return
+    if (
+        recipe.evaluation is not None and getattr(plan_of(recipe), "trains", None) == "critic"
+    ):  # plans differ
+        yield (
+            f"evaluation would have the policy answer questions, and the policy of {recipe.algorithm.name} is the "
+            "critic; remove evaluation: critique/* among the metrics says how its critiques do"
+        )
     others = {f"algorithm {recipe.algorithm.name}": partner is not None}
     if recipe.critic is not None:
         others[f"critic {recipe.critic.name}"] = traits_of(recipe.critic).engine is not None

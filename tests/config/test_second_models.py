@@ -59,6 +59,14 @@ def test_a_learner_that_nobody_teaches_is_refused(writing):
     load_recipe(settings, ["critic.learns=false"])
 
 
+def test_a_policy_that_criticises_has_no_answers_to_evaluate(settings):
+    settings["evaluation"] = {"data": {"name": "org/held-out"}, "every": 5}
+    for name in ("critique_rl", "critique_filter", "rl4f"):
+        said = refusal(settings | {"algorithm": {"name": name}})
+        assert f"the policy of {name} is the critic; remove evaluation" in said
+    load_recipe(settings | {"algorithm": {"name": "critique_loop"}})
+
+
 def test_a_schedule_of_two_learners_needs_two(writing):
     assert "run.policy_every has no effect" in refusal(writing(learns=False), "run.policy_every=2")
     load_recipe(writing(), ["run.policy_every=2"])
