@@ -5,13 +5,16 @@ import dataclasses
 import pytest
 import torch
 
+from llmac.algorithms import ALGORITHMS
+from llmac.algorithms.critiquing import CriticLearns
 from llmac.core.baselines import leave_one_out
+from llmac.core.critique import Critique
 from llmac.core.masking import whiten
 from llmac.core.protocols import SamplingParams
 from llmac.core.refinement import RepairReward, StageReward
 from llmac.core.verdicts import ScoreLine, VerdictLine
 
-from .making import card, known, make_values
+from .making import card, card_class, known, make_values
 
 FREE = {"whiten_advantages": False}
 SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=64)
@@ -98,6 +101,15 @@ def test_the_stages_ask_for_what_they_reward():
     assert (repair.answers.temperature, repair.partner_model) == (0.0, "frozen")
     assert "{answer}" in repair.wording.critique
     assert "Correctness" not in repair.wording.critique
+
+
+def test_every_card_whose_policy_criticises_has_the_plan_of_critiques():
+    cards = [name for name in ALGORITHMS if issubclass(card_class(name), CriticLearns)]
+    assert set(cards) >= {"critique_rl", "rl4f", "critique_filter"}
+    for name in cards:
+        plan = card(name).plan(prompts_per_step=1, sampling=SAMPLING)
+        assert isinstance(plan, Critique), name
+        assert plan.trains == "critic", name
 
 
 def test_rl4f_is_ppo_on_feedback(rollouts):
