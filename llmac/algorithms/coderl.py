@@ -59,6 +59,11 @@ class CodeRL(Algorithm):
     """How token losses are averaged over the minibatch. The mean over the tokens of a program: the
     paper's."""
 
+    @property
+    def teaches_critic(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - a constant of most cards
+        """Whether the critic learns along: `teach_critic`."""
+        return self.teach_critic
+
     def plan(self, *, prompts_per_step: int, sampling: SamplingParams) -> RolloutPlan:
         """`group_size` samples for each of this rank's prompts, and a greedy one to compare with."""
         flat = Flat(
@@ -101,7 +106,7 @@ class CodeRL(Algorithm):
             rollouts,
             values.outcome_chances.to(gained) * gained[:, None],
             sum_across=sum_across,
-            critic_targets=targets if self.teach_critic else None,
+            critic_targets=targets if self.teaches_critic else None,
             metrics=metrics,
         )
 

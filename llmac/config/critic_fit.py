@@ -51,7 +51,13 @@ def critic_that_does_not_fit(recipe: Recipe) -> Iterator[str]:
     yield from _context_that_is_too_small(recipe, critic)
     by_targets = learns(critic) and not traits.says_prompt_values
     fresh = getattr(critic.settings, "init", None) in (None, "policy")  # cards differ
-    if by_targets and fresh and not card.teaches_critic and critic.name != card.default_critic:
+    told = getattr(card, "teach_critic", True) is False  # cards differ
+    if by_targets and fresh and told:
+        yield (
+            f"algorithm.teach_critic is false, and critic {critic.name} starts knowing nothing, so that tokens would "
+            "be weighed by noise; give critic.init the folder of a trained one, or leave algorithm.teach_critic at true"
+        )
+    elif by_targets and fresh and not card.teaches_critic and critic.name != card.default_critic:
         yield (
             f"critic {critic.name} learns, and {name} does not teach it, so that it would say the same everywhere; "
             f"give critic.init the folder of a trained one, or set critic: {card.default_critic}, or choose an "

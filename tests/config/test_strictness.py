@@ -195,6 +195,17 @@ def test_a_critic_that_learns_needs_an_algorithm_that_teaches_it_or_lessons_befo
     load_recipe(ppo, ["algorithm=vineppo", "critic=value_head"])
 
 
+def test_a_critic_that_is_not_taught_must_have_learned_before(ppo):
+    frozen = "algorithm={name: coderl, teach_critic: false}"
+    for critic in ("code_outcomes", "{name: code_outcomes, init: policy}"):
+        said = refusal(ppo, frozen, f"critic={critic}")
+        assert "algorithm.teach_critic is false, and critic code_outcomes starts knowing" in said
+    load_recipe(ppo, [frozen, "critic={name: code_outcomes, init: there}"])
+    load_recipe(ppo, ["algorithm=coderl", "critic=code_outcomes", "run.critic_warmup_steps=1"])
+    warmed = "critic={name: code_outcomes, init: there}", "run.critic_warmup_steps=1"
+    assert "run.critic_warmup_steps" in refusal(ppo, frozen, *warmed)
+
+
 def test_a_critic_of_trees_needs_an_algorithm_that_samples_them(ppo):
     assert "ppo samples no trees; choose another critic" in refusal(ppo, "critic=tree_mean")
     load_recipe(ppo, ["algorithm=spo_tree", "critic=tree_mean"])
