@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -47,10 +48,16 @@ def runtime():
 
 
 @pytest.fixture
-def critic_of(home, runtime):
+def proved():
+    """When an engine had to prove what it holds."""
+    return []
+
+
+@pytest.fixture
+def critic_of(home, runtime, proved):
     """Critic and its engine, which answers by a function of the prompt's text."""
     whole = bench(runtime, model=ModelConfig(name=str(home / "model")))
-    whole = dataclasses.replace(whole, steps=5)
+    whole = dataclasses.replace(whole, steps=5, check_engine=lambda *_, when: proved.append(when))
     return lambda say, template="t.jinja", **settings: talking(
         whole, say, home / template, **settings
     )
@@ -282,6 +289,25 @@ def test_a_critic_that_does_not_learn_says_how_good_it_is(critic_of, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_the_learner_is_ordered_as_the_settings_say(critic_of, proved):
+    learning = {"temperature": 0.5, "epochs": 2, "minibatches": 3, "lr": 1e-3}
+    critic, engine = critic_of(always(7), importance_cap=0.25, **learning)
+    asked(critic)
+    assert proved == ["the critic's engine, at its first use"]
+    critic.update(*_again(critic))
+    order, [(_, credit, _)] = critic._policy.order, critic._policy.taught
+    assert (order.temperature, order.optimization.lr, order.epochs) == (0.5, 1e-3, 2)
+    assert (order.minibatches, order.optimizer_steps) == (3, 5 * 2 * 3)
+    assert engine.asked[0][0].params.temperature == 0.5
+    # Trainer and sampler agree, so that the cap is what is left.
+    assert credit.importance.max().item() == 0.25
+
+
+def _again(critic):
+    rollouts, starts, _ = asked(critic)
+    return rollouts, targets(rollouts, starts)
+
+
 def test_its_engine_gets_new_weights_when_they_are_due(critic_of):
     critic, engine = critic_of(always(7), sync_every=2)
     seeds = []
@@ -333,6 +359,7 @@ def test_only_the_steps_before_are_told(critic_of):
     told = []
     for mean in (0.25, 0.35, 0.50):
         rows = tuple(row("abcd", reward) for reward in (2 * mean, 0.0))
+        rows += (dataclasses.replace(row("abcd", 1.0), age=1),)  # of an older policy
         rollouts, _, _ = asked(critic, rows, positions=(1,))
         told.append(engine.prompts[0])
         metrics = critic.observe(rollouts)
@@ -499,3 +526,12 @@ def test_a_finished_runs_own_critic_is_asked_and_does_not_learn(tmp_path):
         assert (chosen.learns, chosen.init, chosen.scale) == (False, str(saved), (0, 5))
     with pytest.raises(CheckpointError, match=r"Did you mean .*final/critic\?"):
         _critic(str(tmp_path), run)
+
+
+def test_a_saved_critic_remembers_the_writer(home, critic_of, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "saved")
+    saved = GenerativeConfig().asking() | {"context": {"success_rate": 0.284}}
+    (tmp_path / "saved" / SETTINGS_FILE).write_text(json.dumps(saved))
+    critic, engine = critic_of(always(7), "rate.jinja", init=str(tmp_path / "saved"))
+    asked(critic, ROWS[:1], positions=(1,))
+    assert engine.prompts == ["p:a|28.4 1 8"]
