@@ -84,7 +84,7 @@ def token_guided(
     sampling = sampling or SamplingParams()
     says = speaker(value)
     settings = _Settings(rule=rule, scale=scale, lam=lam, top_k=top_k, others=others)
-    ends = torch.tensor(sorted(end_tokens(tokenizer, model.generation_config)))
+    ends = torch.tensor(sorted(_ends(model, tokenizer, sampling)))
 
     def shaper(batch: Sequence[Prompt]) -> Shaper:
         ahead = looking_ahead(says, batch)
@@ -250,7 +250,7 @@ def _decode(
 ) -> None:
     """Let all rows advance together until each has ended."""
     readers = [Reader(model, [row.prompt.token_ids for row in rows]) for model in models]
-    ends = end_tokens(tokenizer, models[0].generation_config) | set(sampling.stop_token_ids)
+    ends = _ends(models[0], tokenizer, sampling)
     logits = [reader.start() for reader in readers]
     for numbers in uniforms:
         shaped = shaper(logits, rows)
@@ -297,6 +297,13 @@ def _decoded(row: Row, tokenizer: PreTrainedTokenizerBase, states_a_token: int) 
         sampled_tokens=len(row.ids),
         valued_states=len(row.ids) * states_a_token,
     )
+
+
+def _ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams
+) -> frozenset[int]:
+    """Tokens that end a response."""
+    return end_tokens(tokenizer, model.generation_config) | frozenset(sampling.stop_token_ids)
 
 
 def _seed(sampling: SamplingParams) -> int:
