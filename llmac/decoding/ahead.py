@@ -10,6 +10,7 @@ from torch import Tensor
 from llmac.core.types import Prompt
 from llmac.decoding.reading import left_padded
 from llmac.decoding.values import SaysValues, State, ValueModelSays
+from llmac.models.tree_attention import narrow_view
 from llmac.models.value_model import ValueModel
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,14 @@ def looking_ahead(says: SaysValues, prompts: Sequence[Prompt]) -> LooksAhead:
     by_states = ByStates(says)
     if not isinstance(says, ValueModelSays):
         return by_states
-    probe = [Prompt(id="probe", token_ids=p.token_ids[-4:], source="") for p in prompts[:2]]
+    narrow = narrow_view(says.model.backbone.config.get_text_config())
+    if narrow is not None:  # a cache that forgets cannot be taken back
+        logger.info("values of candidates are computed from whole rows, slower: %s", narrow)
+        return by_states
+    probe = [
+        Prompt(id="probe", token_ids=p.token_ids[-length:], source="")
+        for p, length in zip(prompts, (4, 2), strict=False)  # padded, where there are two
+    ]
     tokens = torch.tensor([[p.token_ids[0], p.token_ids[-1]] for p in probe])
     try:
         found = _probed(ByCache(says.model, probe), probe, tokens)

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -122,19 +127,26 @@ class Paths:
         )
 
 
+def narrow_view(config: PreTrainedConfig) -> str | None:
+    """Why some layers of a text model do not look at everything before a token; None: all of them do."""
+    # Which of these fields there are, depends on the architecture.
+    kinds = getattr(config, "layer_types", None)
+    other = sorted(set(kinds or ()) - {"full_attention"})
+    if other:
+        return f"it has layers with {', '.join(other)}"
+    window = getattr(config, "sliding_window", None)
+    return f"its attention slides over {window} tokens" if window and not kinds else None
+
+
 def why_not(model: nn.Module) -> str | None:
     """Why a model's attention cannot follow paths; None: it can."""
     inner = _transformer(model)
     if inner is None:
         return "it is not a transformers model"
     config = inner.config.get_text_config()
-    # Which of these fields there are, depends on the architecture.
-    kinds = getattr(config, "layer_types", None)
-    other = sorted(set(kinds or ()) - {"full_attention"})
-    if other:
-        return f"it has layers with {', '.join(other)}"
-    if not kinds and getattr(config, "sliding_window", None):
-        return f"its attention slides over {config.sliding_window} tokens"
+    narrow = narrow_view(config)
+    if narrow is not None:
+        return narrow
     if not inner._supports_attention_backend:
         return "its attention cannot be replaced"
     if getattr(config, "attn_logit_softcapping", None):

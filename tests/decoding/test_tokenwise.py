@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralModel
 
 from llmac.core.protocols import Request, SamplingParams
 from llmac.core.types import Finish, Prompt
@@ -138,6 +139,25 @@ def test_what_a_critic_says_behind_the_end_is_not_asked():
     assert responses(found) == responses(plain)
 
 
+def test_nor_is_it_behind_a_token_that_the_caller_has_as_an_end():
+    """Its likings do not count, and nothing else tells the tokens apart."""
+    stop = SamplingParams(max_new_tokens=6, seed=1, stop_token_ids=encode("d"))
+    found, plain = (
+        token_guided(
+            tiny(0),
+            TOKENIZER,
+            ByText(lambda text: float(text.endswith("d"))),
+            PROMPTS,
+            rule="tilt",
+            top_k=9,
+            lam=lam,
+            sampling=stop,
+        )
+        for lam in (1e3, 0.0)
+    )
+    assert responses(found) == responses(plain)
+
+
 def test_strong_values_are_obeyed_and_only_candidates_are_asked_about():
     values = ByText(lambda text: float(text.count("d")))
     found = token_guided(
@@ -269,3 +289,26 @@ def test_a_value_model_whose_cache_cannot_be_used_so_is_asked_about_whole_states
 
     model.backbone.forward = deaf
     assert isinstance(looking_ahead(ValueModelSays(model), [prompt("abc=")]), ByStates)
+
+
+def test_a_value_model_that_looks_through_a_window_is_asked_about_whole_states():
+    """Its window is passed only in the middle of a response."""
+    config = MistralConfig(
+        vocab_size=9,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=8,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(3)
+    model = ValueModel(MistralModel(config).eval())
+    torch.nn.init.normal_(model.head.weight)
+    says = ValueModelSays(model)
+    assert isinstance(looking_ahead(says, [prompt("abc=")]), ByStates)
+    long = SamplingParams(max_new_tokens=12, seed=1, temperature=0.0)
+    [found] = token_guided(tiny(0), TOKENIZER, model, ["abc="], top_k=3, sampling=long)
+    assert found.sampled_tokens == 12 or found.chosen.finish is Finish.STOP
