@@ -1,6 +1,8 @@
 """Sample whole responses, and choose: the one worth most, or the answer that most of them, or most value, stand for."""
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -18,6 +20,8 @@ from llmac.decoding.candidates import (
     valued,
 )
 from llmac.decoding.values import Valuer, speaker
+
+logger = logging.getLogger(__name__)
 
 Extract = Callable[[str], Hashable | None]
 """Text of a response to its answer; None: it has none, and does not vote."""
@@ -107,7 +111,7 @@ def weighted_vote(
     worst: float = 0.0,
     sampling: SamplingParams | None = None,
 ) -> list[Decoded]:
-    """The answer of `n` responses that is worth most: the sum of V - worst over the responses that give it.
+    """The answer of `n` responses that is worth most: the sum of max(V - worst, 0) over those that give it.
 
     Args:
         player: who samples.
@@ -163,7 +167,7 @@ def voted(
     chosen, support = worth_most(ballots), None
     if voters:
         groups = partition([c.answer for c in voters], same)
-        weights = [1.0 if c.value is None else c.value - worst for c in voters]
+        weights = [1.0 if c.value is None else _weight(c.value, worst) for c in voters]
         winner = vote(groups, weights)
         theirs = [place for place, group in enumerate(groups) if group == winner]
         chosen = worth_most([voters[place] for place in theirs])
@@ -176,4 +180,20 @@ def voted(
         sampled_tokens=sampled_tokens,
         valued_states=valued_states,
         support=support,
+    )
+
+
+def _weight(value: float, worst: float) -> float:
+    """Of a vote: what it is worth above a failure; nobody votes against an answer."""
+    if value < worst:
+        _warn_of_less_than_a_failure(worst)
+    return max(value - worst, 0.0)
+
+
+@functools.cache
+def _warn_of_less_than_a_failure(worst: float) -> None:
+    logger.warning(
+        "responses are valued below worst = %g, the reward of a failure, and their votes weigh nothing; give the "
+        "lowest reward there is as worst",
+        worst,
     )

@@ -84,6 +84,17 @@ def test_a_certain_failure_weighs_nothing():
     assert from_half.support == 1.0
 
 
+def test_nobody_votes_against_an_answer(caplog):
+    """Two voters below a failure beside a third that is above it; said once."""
+    worth = {"a=b": -0.5, "c=b": 0.4, "e=d": 0.3, "abc=fabc": 0.0}
+    ask = {"answer": behind_equals, "sampling": SAMPLING, "worst": -0.25}
+    for _ in range(2):
+        [found] = weighted_vote(player_of(say), ByText(worth.__getitem__), ["a"], 4, **ask)
+        assert found.chosen.answer == "b"
+        assert found.support == pytest.approx(0.65 / 1.2)
+    assert caplog.text.count("valued below worst = -0.25") == 1
+
+
 def test_answers_that_are_the_same_vote_together():
     [found] = majority_vote(
         player_of(lambda seen, sibling: ["=a", "=b", "=b", "=c", "=d"][sibling]),
