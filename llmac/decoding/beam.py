@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmac.core.guidance import kept_beams
 from llmac.core.protocols import Completion, Player, Request, SamplingParams
 from llmac.core.types import Finish, Prompt
-from llmac.decoding.candidates import Decoded, Written, candidate, prompts_of, seeded, summed
+from llmac.decoding.candidates import Decoded, Written, candidate, prompts_of, seeded
 from llmac.decoding.choosing import Extract, Same, equal, voted, worth_most
 from llmac.decoding.values import Valuer, last_state, speaker
 from llmac.errors import ConfigError
@@ -147,10 +148,11 @@ def _grown(player: Player, stem: _Beam, block: Completion, sampling: SamplingPar
     cut = None if finish is Finish.STOP else _stop_across(player, stem.ids, ids, sampling.stop)
     if cut is not None:
         ids, finish = ids[:cut], Finish.STOP
+    kept = block.logprobs[: len(ids) - len(stem.ids)]
     goes_on = finish is not Finish.STOP and len(ids) < sampling.max_new_tokens
     return _Beam(
         ids=ids,
-        logprob=stem.logprob + summed(block),
+        logprob=stem.logprob + math.fsum(kept),
         finish=None if goes_on else finish,
     )
 

@@ -148,6 +148,7 @@ def test_a_stop_string_over_the_edge_of_blocks_ends_the_beam(block_tokens, word)
         sampling=sampling,
     )
     assert (found.chosen.text, found.chosen.finish) == ("abcd", Finish.STOP)
+    assert found.chosen.logprob == -0.5 * 4
     assert values.asked[-1] == "abc"  # before its last token
     assert found.sampled_tokens == 2 * block_tokens  # what was thrown away was sampled
 
