@@ -108,10 +108,13 @@ class CriticSays:
         """What the critic would bootstrap from if sampling had ended there."""
         if not states:
             return []
-        groups = {prompt: number for number, prompt in enumerate({s.prompt.id for s in states})}
+        asked = dict.fromkeys((s.prompt.id, s.prompt.token_ids) for s in states)  # in their order
+        groups = {prompt: number for number, prompt in enumerate(asked)}
         # Paused, not cut: what a run's algorithm makes of the length limit is not asked here.
         rows = [
-            dataclasses.replace(_row(state, groups[state.prompt.id]), finish=Finish.PAUSED)
+            dataclasses.replace(
+                _row(state, groups[state.prompt.id, state.prompt.token_ids]), finish=Finish.PAUSED
+            )
             for state in states
         ]
         longest = max(len(row.response_ids) for row in rows)

@@ -90,6 +90,7 @@ class Counts:
         assert not starts.any()
         lengths = rollouts.action_mask.sum(dim=1).float()
         self.limit = rollouts.length_limit
+        self.groups = [t.group for t in rollouts.trajectories]
         return Values(
             at=torch.zeros_like(rollouts.rewards),
             starts=starts,
@@ -109,3 +110,14 @@ def test_a_live_critic_values_states_as_responses_that_were_cut_there():
     assert CriticSays(critic, length_limit=9).values_of(states) == [2.0, 0.0, 1.0]
     assert critic.limit == 9
     assert CriticSays(Counts()).values_of([]) == []
+
+
+def test_states_of_a_prompt_are_a_group_in_the_order_in_which_they_are_asked_about():
+    """Prompts of two calls may have the same name."""
+    prompts = [
+        Prompt(id=name, token_ids=ids, source="?")
+        for name, ids in (("q", (1,)), ("p", (1,)), ("q", (2,)), ("q", (1,)), ("a", (3,)))
+    ]
+    critic = Counts()
+    CriticSays(critic).values_of([State(prompt=p, response_ids=(5,)) for p in prompts])
+    assert critic.groups == [0, 1, 2, 0, 3]
