@@ -3,7 +3,6 @@
 from llmac.config.schema import Recipe
 from llmac.config.traits import partner_of, plan_of, traits_of
 from llmac.core.critique import Critique
-from llmac.core.types import Messages
 from llmac.data.tokenizing import encoder
 from llmac.errors import ConfigError
 from llmac.models.alike import check_alike
@@ -49,23 +48,24 @@ def check_second_models(recipe: Recipe) -> str:
 
 def _check_players(recipe: Recipe, partner: ModelSpec) -> None:
     """Two that speak to each other can be spoken to as the plan does, and have room for what they may say at most."""
-    tokenizers = {spec: load_tokenizer(spec) for spec in (recipe.model, partner)}
+    policy, other = ((spec, load_tokenizer(spec)) for spec in (recipe.model, partner))
     plan = plan_of(recipe)
     if not isinstance(plan, Critique):
         return
     words = plan.wording
-    for spec, tokenizer in tokenizers.items():
+    for spec, tokenizer in (policy, other):
         if words.chat and tokenizer.chat_template is None:
             raise ConfigError(
                 f"algorithm.chat is true, and the tokenizer of {spec.name} has no chat template; set algorithm.chat: "
                 "false, or take an instruction-tuned model"
             )
     trains_critic = plan.trains == "critic"
-    actor, critic = (partner, recipe.model) if trains_critic else (recipe.model, partner)
+    actor, critic = (other, policy) if trains_critic else (policy, other)
     said = plan.answers.max_new_tokens + plan.critiques.max_new_tokens
-    rooms: list[tuple[str, ModelSpec, str | Messages, int]]
-    rooms = [("an answer", actor, "", plan.answers.max_new_tokens)]
-    rooms.append(("an answer and a critique of it", critic, words.to_criticise("", ""), said))
+    rooms = [
+        ("an answer", actor, "", plan.answers.max_new_tokens),
+        ("an answer and a critique of it", critic, words.to_criticise("", ""), said),
+    ]
     if plan.refinements is not None:
         most = said + plan.refinements.max_new_tokens
         rooms.append(
@@ -74,8 +74,8 @@ def _check_players(recipe: Recipe, partner: ModelSpec) -> None:
     own = ["critique_tokens"]
     if trains_critic:
         own = ["answer_tokens"] if plan.refinements is None else ["answer_tokens", "refine_tokens"]
-    for what, spec, template, most in rooms:
-        asked = len(encoder(tokenizers[spec])(template)) if template else 0
+    for what, (spec, tokenizer), template, most in rooms:
+        asked = len(encoder(tokenizer)(template)) if template else 0
         limits = (context_length(spec), recipe.rollout.max_model_len)
         room = min((limit for limit in limits if limit is not None), default=None)
         if room is not None and asked + most >= room:

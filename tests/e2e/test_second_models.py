@@ -143,7 +143,8 @@ def test_players_that_cannot_be_spoken_to_are_found_before_a_run(criticised, nam
     assert re.search(message, detail)
 
 
-def test_players_with_room_for_a_question_are_taken(criticised):
+def test_players_with_room_for_a_question_are_taken(criticised, settings):
+    settings["model"]["lora"] = {"target_modules": ["q_proj"]}
     assert finding(criticised("rl4f", **SPOKEN, answer_tokens=8, refine_tokens=19))[0] == "ok"
     assert finding(criticised("critique_rl", **SPOKEN, answer_tokens=26))[0] == "ok"
 
