@@ -73,6 +73,11 @@ def demonstrations_in(
     completions: dict[str, Demonstration] = {}
     for prompt, text, ids in zip(prompts, texts, encoded, strict=True):
         token_ids = tuple(ids)
+        if not token_ids:
+            raise DataError(
+                f"the completion of {prompt.id} has no tokens: the tokenizer makes nothing of {text!r}; remove "
+                "the row, or write what should be said"
+            )
         if end is not None and token_ids[-1:] != (end,):
             token_ids += (end,)
         if len(token_ids) > max_tokens:

@@ -40,6 +40,23 @@ def test_a_completion_is_its_tokens_and_one_end(shown, tokenizer):
     assert found.line() == "2 completions with 4 tokens to learn from, the longest has 2"
 
 
+@pytest.mark.parametrize("append_end", [True, False])
+def test_a_completion_of_which_the_tokenizer_makes_nothing_is_named(
+    shown, tokenizer, monkeypatch, append_end
+):
+    real = type(tokenizer).__call__
+
+    def without_fours(self, texts, **settings):
+        found = real(self, texts, **settings)
+        ids = found["input_ids"]
+        found["input_ids"] = [[] if t == "4<eos>" else i for t, i in zip(texts, ids, strict=True)]
+        return found
+
+    monkeypatch.setattr(type(tokenizer), "__call__", without_fours)
+    with pytest.raises(DataError, match=r"the completion of \S+ has no tokens"):
+        shown(ROWS, append_end=append_end)
+
+
 def test_an_end_is_added_only_where_it_is_wanted(shown, tokenizer):
     assert said(shown(ROWS, append_end=False), tokenizer) == ["2", "4<eos>"]
     end = tokenizer.eos_token
