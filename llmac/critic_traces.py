@@ -22,7 +22,7 @@ from llmac.critics.generative import GenerativeConfig
 from llmac.critics.generative_context import contexts
 from llmac.critics.generative_prompt import CriticTemplate, critic_prompt, problem_text
 from llmac.errors import ConfigError, DataError
-from llmac.models.loading import load_tokenizer
+from llmac.models.loading import ModelSpec, context_length, load_tokenizer
 from llmac.new_actor import model_named
 from llmac.new_engine import Engines
 from llmac.outputs import make_room_for
@@ -85,7 +85,7 @@ class Traced:
     asked: int
     kept: int
     silent: int
-    """The teacher had nothing to say about them."""
+    """The teacher had nothing to say about them, or no room for their prompts."""
     unparsed: int
     """What it said has no score."""
     far_off: int
@@ -147,13 +147,17 @@ def critic_traces(recipe: Recipe, rollouts: Path, path: Path, how: Tracing) -> T
             engines = Engines(recipe, runtime)
             cleanup.callback(engines.close)
             assert how.model is not None, "checked with the settings"
-            teacher = engines.of_other(model_named(recipe.model, how.model))
+            model = model_named(recipe.model, how.model)
+            most = _most_prompt_tokens(recipe, critic, model)
+            teacher = engines.of_other(model)
             params = SamplingParams(
                 temperature=critic.temperature,
                 max_new_tokens=critic.max_new_tokens,
                 stop=(f"</{critic.tag}>",),
             )
-            words = ask_model(teacher, asked, chat=how.chat, params=params, seed=how.seed)
+            words = ask_model(
+                teacher, asked, chat=how.chat, params=params, seed=how.seed, most_tokens=most
+            )
     return _keep(asked, words, critic, path, how)
 
 
@@ -200,6 +204,20 @@ def _questions(
         questions.append(Question(prompt=written, problem=problem, partial=partial, chosen=one))
     logger.info("%d states of %d responses", len(questions), len(stored.trajectories))
     return questions
+
+
+def _most_prompt_tokens(recipe: Recipe, critic: GenerativeConfig, teacher: ModelSpec) -> int | None:
+    """What the teacher can read beside what it writes; None: no limit is known."""
+    lengths = [n for n in (context_length(teacher), recipe.rollout.max_model_len) if n is not None]
+    if not lengths:
+        return None
+    most = min(lengths) - critic.max_new_tokens
+    if most < 1:
+        raise ConfigError(
+            f"critic.max_new_tokens is {critic.max_new_tokens}, and {teacher.name} has room for {min(lengths)} tokens "
+            "of prompt and words together; lower critic.max_new_tokens, or raise rollout.max_model_len"
+        )
+    return most
 
 
 def _keep(

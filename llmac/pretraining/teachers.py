@@ -1,5 +1,6 @@
 """Who writes what a critic should have written: a function, or another language model."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,8 @@ from llmac.core.plans import request_seed
 from llmac.core.protocols import Player, Request, SamplingParams
 from llmac.errors import DataError
 from llmac.pretraining.trace_states import Chosen
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +74,9 @@ def ask_model(
     chat: bool,
     params: SamplingParams,
     seed: int,
+    most_tokens: int | None = None,
 ) -> list[str | None]:
-    """What a language model writes about each.
+    """What a language model writes about each; None about those whose prompt is too long, which are counted in the log.
 
     Args:
         teacher: the model.
@@ -80,12 +84,23 @@ def ask_model(
         chat: put them into its chat template.
         params: how to sample; `n` and `seed` are set here.
         seed: of all of it.
+        most_tokens: longest prompt; None: no limit is known.
     """
+    prompts = [
+        teacher.encode([{"role": "user", "content": question.prompt}] if chat else question.prompt)
+        for question in questions
+    ]
+    fitting = [n for n, ids in enumerate(prompts) if most_tokens is None or len(ids) <= most_tokens]
+    if len(fitting) < len(prompts):
+        logger.warning(
+            "%d of %d states are left out: their prompts have more than the %s tokens that the teacher can read",
+            len(prompts) - len(fitting),
+            len(prompts),
+            most_tokens,
+        )
     requests = [
         Request(
-            prompt_ids=teacher.encode(
-                [{"role": "user", "content": question.prompt}] if chat else question.prompt
-            ),
+            prompt_ids=prompts[number],
             params=SamplingParams(
                 temperature=params.temperature,
                 max_new_tokens=params.max_new_tokens,
@@ -93,6 +108,9 @@ def ask_model(
                 seed=request_seed(seed, number),
             ),
         )
-        for number, question in enumerate(questions)
+        for number in fitting
     ]
-    return [teacher.read(answer.token_ids) for (answer,) in teacher.engine.generate(requests)]
+    words: list[str | None] = [None] * len(prompts)
+    for number, (answer,) in zip(fitting, teacher.engine.generate(requests), strict=True):
+        words[number] = teacher.read(answer.token_ids)
+    return words

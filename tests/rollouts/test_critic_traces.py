@@ -164,6 +164,22 @@ def test_a_model_is_asked_once_for_all_with_a_seed_for_each(questions, chat):
     } == {(1, 0.5, 7, ("</answer>",))}
 
 
+def test_a_state_that_a_model_has_no_room_for_is_left_out(questions, caplog):
+    engine = Scripted()
+    teacher = Player(
+        engine=engine,
+        encode=lambda text: (1,) * (3 if text.endswith("2") else 2),
+        decode=str,
+        read=lambda ids: "said",
+    )
+    words = ask_model(
+        teacher, questions, chat=False, params=SamplingParams(), seed=3, most_tokens=2
+    )
+    assert words == ["said", "said", None, "said", "said", "said"]
+    assert len(engine.asked) == 5
+    assert "1 of 6 states are left out" in caplog.text
+
+
 def test_words_are_kept_up_to_the_score_if_they_have_one_that_is_not_far_off(questions, tmp_path):
     path = tmp_path / "traces.jsonl"
     right = [q.chosen.outcome == 1 for q in questions]
