@@ -1,7 +1,8 @@
 """GenAC: PPO whose critic thinks before it says a value (Shan et al. 2026, arXiv:2604.10701).
 
 A language model reads the problem and the unfinished response, writes an analysis and then a score;
-what a segment of the response changed in the score is its advantage. Needs: a critic that writes
+the advantage of a segment is the outcome less the score before it, and, with λ below 1, in part
+what the segment changed in the score. Needs: a critic that writes
 (`critic: {name: generative}`), trained to write by `sft` first. Its three stages are recipes:
 `math_genac_sft`, `math_genac_critic`, `math_genac`. We know of the paper its idea, its stages and
 what its public re-implementation (open-instruct) says of it; the fields say which is which.
@@ -33,7 +34,9 @@ class GenAC(PPO):
     Â_k = V_{k+1} - V_k + λ Â_{k+1}. No KL, no entropy bonus, one epoch.
 
     The critic learns outcomes z. With `run.critic_warmup_steps` equal to `run.steps` the policy
-    stays as it is and the critic alone learns: the second stage.
+    stays as it is and the critic alone learns: the second stage. A KL term belongs in the loss
+    here (`kl_placement: loss`): in the reward it is part of what the score is to predict, and the
+    critic is not told of it.
     """
 
     default_critic: ClassVar[str | None] = "generative"

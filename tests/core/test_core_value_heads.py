@@ -148,7 +148,7 @@ def test_rounding_does_not_count_as_outside():
 def test_bernoulli_and_bins_work_on_any_range():
     bernoulli = Bernoulli(low=-2.0, high=6.0)
     assert float(bernoulli.decode(torch.tensor([0.0]))) == 2.0
-    # G = 0 is a chance of .25: card T10.8
+    # G = 0 is a chance of .25
     loss = bernoulli.learn(torch.full((1, 2, 1), 0.4), lesson([0.0])).per_token
     assert float(loss) == pytest.approx(0.813015, abs=1e-6)
     gauss = HLGauss(low=-12.0, high=12.0, sigma=0.48)
@@ -166,7 +166,6 @@ def test_bernoulli_and_bins_work_on_any_range():
     ],
 )
 def test_a_scalar_head_has_the_clipped_loss_of_the_cards(head, old, new, target, expected, moved):
-    # Cards T9.6 and T6.5
     found = head.learn(torch.full((1, 2, 1), new), lesson([target], old=[old]))
     assert float(found.per_token) == pytest.approx(expected)
     assert found.shares["critic/vf_clipfrac"].item() is moved
@@ -179,7 +178,7 @@ def test_errors_are_measured_in_the_unit_of_the_lesson():
 
 
 def test_a_pessimistic_head_says_less_than_the_mean_by_its_deviation():
-    # Card T10.13: r = 0, γ = 1, μ = .7, σ = .2, β = .5 -> .6
+    # r = 0, γ = 1, μ = .7, σ = .2, β = .5 -> .6
     head = Gaussian(pessimism=0.5, smallest_deviation=0.05)
     raw = torch.tensor([0.7, math.log(math.expm1(0.15))])
     assert float(head.deviation(raw)) == pytest.approx(0.2)
@@ -187,7 +186,7 @@ def test_a_pessimistic_head_says_less_than_the_mean_by_its_deviation():
 
 
 def test_outcome_classes_are_a_softmax_over_what_happened():
-    # CodeRL's example (critic_guided.md, card 3): probability of the true class at each token, and of the largest
+    # CodeRL's loss on four tokens in numbers: probability of the true class at each token, and of the largest
     # logits over time.
     logits = torch.tensor([[1.0, 0, 2, -1], [0, 0, 2.5, 0], [-1, 0, 3, 1]])
     head = OutcomeClasses()
