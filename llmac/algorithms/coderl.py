@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llmac.core.diagnostics import explained_variance
 from llmac.core.greedy_baseline import GreedyBaseline
 from llmac.core.losses import reinforce
 from llmac.core.masking import Aggregation
-from llmac.core.measures import Last, Measure
+from llmac.core.measures import Measure
 from llmac.core.plans import Flat
 from llmac.core.protocols import RolloutPlan, SamplingParams
 from llmac.core.types import AllSum, Credit, CriticTargets, Rollouts, Values, identity
@@ -95,12 +94,8 @@ class CodeRL(Algorithm):
             old_values=values.at.masked_fill(~starts, 0.0),
             bootstraps=torch.zeros_like(rollouts.truncated),
         )
-        explained = explained_variance(
-            targets.old_values, targets.returns, last, sum_across=sum_across
-        )
         metrics: dict[str, Measure] = {
             "critic/outcome_chance": mean_over(values.outcome_chances, mask),
-            "critic/vf_explained_var": Last(explained),
         }
         return self.make_credit(
             rollouts,

@@ -40,6 +40,7 @@ def test_tokens_weigh_the_chance_of_the_outcome_times_the_gain(relative, weights
     assert (found.total / found.weight).item() == pytest.approx(loss, abs=1e-5)
     chance = credit.metrics["critic/outcome_chance"].value
     assert chance == pytest.approx((0.64391 + 0.80240 + 0.83095) / 3, abs=1e-5)
+    assert "critic/vf_explained_var" not in credit.metrics  # of a whole that no state says
 
 
 def test_a_policy_that_has_moved_has_the_same_gradient():

@@ -241,7 +241,8 @@ def test_every_card_reports_what_is_always_watched(name, fields, rollouts):
     watched = {"critic/advantages/mean", "critic/advantages/std", "actor/sampler_kl"}
     assert watched <= set(credit.metrics) or name in WITHOUT_A_SAMPLER
     assert ("actor/ref_kl" in {**loss.metrics, **credit.metrics}) == algorithm.uses_reference
-    assert ("critic/vf_explained_var" in credit.metrics) == (algorithm.default_critic is not None)
+    explains = algorithm.default_critic is not None and name != "coderl"
+    assert ("critic/vf_explained_var" in credit.metrics) == explains
     assert all(
         not getattr(part, "requires_grad", False)
         for measure in loss.metrics.values()
