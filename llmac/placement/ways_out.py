@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmac.config.schema import LoraConfig, Recipe
+from llmac.config.traits import plan_of
+from llmac.core.protocols import WritesPrompts
 from llmac.errors import ConfigError
 from llmac.placement.parts import head_settings
 from llmac.placement.plan import Machines, Plan, plan, share_of
@@ -169,6 +171,8 @@ def _candidates(recipe: Recipe, machines: Machines, now: Plan) -> Iterator[_Chan
 def _contexts(recipe: Recipe, now: Plan) -> Iterator[_Change]:
     """Engines that promise to hold no longer requests than there are."""
     critic, lengths = writing_critic(recipe), now.lengths
+    if isinstance(plan_of(recipe), WritesPrompts):
+        return  # how long its prompts become is known to nobody here
     if critic is None:
         if now.sampler.longest > now.row_tokens:
             yield _set("rollout.max_model_len", now.row_tokens)

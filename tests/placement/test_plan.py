@@ -365,6 +365,13 @@ def test_a_cache_below_the_models_context_names_max_model_len(large_recipe):
     assert ways_out(recipe, on())[0].changes == ("rollout.max_model_len=544",)
 
 
+def test_no_context_is_advised_for_prompts_that_a_plan_writes_itself(large_recipe):
+    recipe = large_recipe("critique_rl", "rollout.engine=vllm", "rollout.kv_cache_mb=64")
+    assert any("the cache holds 2730 tokens" in problem for problem in plan(recipe, on()).problems)
+    told = [change for way in ways_out(recipe, on()) for change in way.changes]
+    assert not [change for change in told if "max_model_len" in change]
+
+
 def longest(recipe, **known):
     return plan(recipe, on(), **known).sampler.longest
 
