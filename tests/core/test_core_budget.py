@@ -41,7 +41,7 @@ def exhaustively(chance, total, minimum, maximum, utility):
 @pytest.mark.parametrize(
     ("chance", "expected"),
     [
-        # Card T3.4, B = 1, 2, 4, 8, 16
+        # B = 1, 2, 4, 8, 16
         (0.05, [0, 0.095, 0.541975, 2.292637, 8.157973]),
         (0.5, [0, 0.5, 1.75, 3.96875, 7.999756]),
         (0.9, [0, 0.18, 0.3996, 0.8, 1.6]),
@@ -68,7 +68,6 @@ def test_utilities_are_expectations_over_all_outcomes_of_a_group(size, chance):
 
 
 def test_the_most_failures_are_beside_a_success_where_greedy_does_not_look():
-    # Card T3.5
     best = allocate(CARD, 24, minimum=2)
     assert best.tolist() == [20, 2, 2]
     assert worth(best, CARD, "failures") == pytest.approx(12.425282, abs=1e-6)
@@ -79,7 +78,6 @@ def test_the_most_failures_are_beside_a_success_where_greedy_does_not_look():
 
 
 def test_for_mixed_groups_greedy_is_optimal():
-    # Card T3.5
     best = allocate(CARD, 24, minimum=2, utility="mixed")
     # .05 and .95 are equally hard for G: (9, 5, 10) and (10, 5, 9) are both optimal.
     assert sorted(best.tolist()) == [5, 9, 10]
@@ -150,7 +148,6 @@ def test_what_cannot_be_allocated_is_named(arguments, says):
 @pytest.mark.parametrize(
     ("weight", "choice", "scores"),
     [
-        # Card T3.6
         (1.0, 0, [0.8, 0.6, 0.3]),
         (0.5, 1, [0.4, 0.6, 0.6]),
         (0.2, 2, [0.16, 0.6, 0.78]),

@@ -61,7 +61,7 @@ def test_the_responses_go_where_they_are_worth_most():
     assert isinstance(budgeted, AsksPromptValues)
     assert not isinstance(budgeted.flat, AsksPromptValues)
     trajectories, metrics = budgeted.rollout(engine, Prompts(), score, seed=0)
-    # Card T3.5: (20, 2, 2)
+    # (20, 2, 2)
     assert [t.group for t in trajectories] == [0] * 20 + [1] * 2 + [2] * 2
     assert [t.reward for t in trajectories] == [0.0] * 20 + [1.0] * 2 + [2.0] * 2
     assert [t.prompt.id for t in trajectories[-2:]] == ["p2", "p2"]
@@ -73,7 +73,7 @@ def test_the_responses_go_where_they_are_worth_most():
 def test_each_utility_divides_in_its_own_way():
     trajectories, _ = plan(utility="mixed").rollout(Engine(), Prompts(), score, seed=0)
     sizes = torch.tensor([t.group for t in trajectories]).bincount()
-    # Card T3.5: 5 to the middle one, 9 and 10 to the others
+    # 5 to the middle one, 9 and 10 to the others
     assert sorted(sizes.tolist()) == [5, 9, 10]
 
 

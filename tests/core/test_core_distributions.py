@@ -43,7 +43,6 @@ def mean(probabilities, atoms):
     ],
 )  # fmt: skip
 def test_hl_gauss_of_four_bins(y, mass, of_mass, density, of_density):
-    # Card T10.1
     edges, centers = FOUR
     q = gaussian_mass(torch.tensor(y), edges, sigma=0.1875)
     check_close(q, mass)
@@ -54,7 +53,6 @@ def test_hl_gauss_of_four_bins(y, mass, of_mass, density, of_density):
 
 
 def test_the_end_of_a_support_biases_hl_gauss_and_a_margin_does_not():
-    # Card T10.2
     one = torch.tensor(1.0)
     edges, centers = FOUR
     check_close(mean(gaussian_mass(one, edges, sigma=0.1875), centers), 0.827463)
@@ -65,7 +63,6 @@ def test_the_end_of_a_support_biases_hl_gauss_and_a_margin_does_not():
 
 
 def test_cross_entropy_of_an_even_softmax_and_at_best():
-    # Card T10.3
     edges, centers = FOUR
     q = gaussian_mass(torch.tensor(0.5), edges, sigma=0.1875)
     check_close(cross_entropy(torch.zeros(4), q), math.log(4))
@@ -81,21 +78,19 @@ def test_cross_entropy_of_an_even_softmax_and_at_best():
 
 
 def test_the_gradient_of_cross_entropy_is_what_is_said_minus_what_should_be():
-    # Card T10.4
     logits = torch.zeros(4, requires_grad=True)
     cross_entropy(logits, gaussian_mass(torch.tensor(0.8), FOUR[0], sigma=0.1875)).backward()
     check_close(logits.grad, [0.248055, 0.188008, -0.14684, -0.289223])
 
 
 def test_a_mixture_of_targets_says_the_mean_return():
-    # Card T10.5: the best head after 30 % successes decodes 0.3
+    # the best head after 30 % successes decodes 0.3
     edges, centers = RECIPE
     zero, one = (gaussian_mass(torch.tensor(y), edges, sigma=0.024) for y in (0.0, 1.0))
     check_close(mean(0.7 * zero + 0.3 * one, centers), 0.300001, atol=2e-6)
 
 
 def test_two_hot_is_exact_everywhere_ends_included():
-    # Card T10.7
     check_close(two_hot(torch.tensor(0.8), FIVE), [0, 0, 0, 0.8, 0.2])
     check_close(two_hot(torch.tensor(1.0), FIVE), [0, 0, 0, 0, 1.0])
     uneven = torch.tensor([-1.0, -0.6, -0.3, 1.0])
@@ -112,7 +107,6 @@ def test_what_lies_outside_of_the_atoms_counts_as_the_nearest():
 
 
 def test_c51_projects_a_shrunk_distribution():
-    # Card T10.10
     p = torch.tensor([0.2, 0.0, 0.3, 0.0, 0.5])
     q = project(0.9 * FIVE, p, FIVE)
     check_close(q, [0.2, 0.06, 0.24, 0.2, 0.3])

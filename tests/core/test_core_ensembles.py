@@ -14,12 +14,11 @@ from llmac.core.moments import Moments
     [((1.0, 1.0), 1.0), ((1.0, 0.0), 0.197428), ((2.0, -1.0), -0.792069), ((0.5, 0.4), 0.445852)],
 )
 def test_soft_min(pair, expected):
-    # Card T6.1
     assert float(soft_min(torch.tensor(pair), temperature=0.3)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_soft_min_lies_between_the_smallest_and_a_bound_and_pulls_on_the_smallest():
-    # Card T6.1: gradient weight .965555 on the smaller of (1, 0), bound α·ln 2 = .207944
+    # gradient weight .965555 on the smaller of (1, 0), bound α·ln 2 = .207944
     values = torch.tensor([1.0, 0.0], requires_grad=True)
     soft_min(values, temperature=0.3).backward()
     assert values.grad.tolist() == pytest.approx([1 - 0.965555, 0.965555], abs=1e-6)
@@ -34,7 +33,7 @@ def test_soft_min_lies_between_the_smallest_and_a_bound_and_pulls_on_the_smalles
     ("how", "expected"), [("min", 0.5), ("mean", 0.6), ("min_max", 0.55), ("soft_min", 0.583584)]
 )
 def test_two_heads_become_one_value(how, expected):
-    # Card T10.14; soft-min: -.3 · ln((e^(-.7/.3) + e^(-.5/.3)) / 2) = .583584
+    # soft-min: -.3 · ln((e^(-.7/.3) + e^(-.5/.3)) / 2) = .583584
     assert float(Combination(how=how)(torch.tensor([0.7, 0.5]))) == pytest.approx(
         expected, abs=1e-4
     )
@@ -59,7 +58,6 @@ def everything(x):
 
 
 def test_the_first_batch_decides_the_running_moments():
-    # Card T6.7
     batch = torch.tensor([1.0, 2.0, 3.0])
     after = Moments().after(batch, everything(batch))
     assert (after.mean, after.variance) == pytest.approx((1.999933, 1.000133), abs=1e-6)

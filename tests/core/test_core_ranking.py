@@ -13,7 +13,6 @@ OUTCOMES = torch.tensor([0.9, 0.25])
 
 
 def test_the_loss_is_the_cards():
-    # Card T3.1
     margins = LOGITS[:, 1] - LOGITS[:, 0]
     assert margins.tolist() == pytest.approx([0.8, -0.6])
     assert float(pairwise_loss(margins, OUTCOMES)) == pytest.approx(0.220417, abs=1e-6)
@@ -29,7 +28,6 @@ def test_the_loss_is_the_cards():
 
 
 def test_equal_margins_are_worth_a_bit():
-    # Card T3.2
     assert float(pairwise_loss(torch.tensor([0.4, 0.4]), OUTCOMES)) == pytest.approx(math.log(2))
 
 
@@ -50,7 +48,6 @@ def test_without_pairs_there_is_nothing_to_rank_and_a_gradient_all_the_same():
 
 
 def test_ranking_within_steps_is_measured_as_the_card_does():
-    # Card T3.7
     values = torch.tensor([0.9, 0.8, 0.3, 0.2, 0.6, 0.6, 0.1])
     labels = torch.tensor([1.0, 0, 0, 1, 1, 0, 0])
     group = torch.tensor([1, 1, 1, 2, 2, 2, 2])

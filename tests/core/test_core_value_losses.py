@@ -24,7 +24,7 @@ def t(x):
 
 @pytest.mark.parametrize(("error", "expected"), [(0.3, 0.045), (-0.3, 0.045), (1.0, 0.375)])
 def test_huber(error, expected):
-    assert float(huber(t(error), delta=0.5)) == pytest.approx(expected)  # card T6.5
+    assert float(huber(t(error), delta=0.5)) == pytest.approx(expected)
 
 
 def test_huber_is_smooth_where_it_turns_and_pulls_no_harder_than_delta():
@@ -34,7 +34,7 @@ def test_huber_is_smooth_where_it_turns_and_pulls_no_harder_than_delta():
 
 
 def test_safes_value_loss_is_the_average_of_both_errors():
-    # Card T6.5: v = .9, old = .5, G = 0: .5 · (Huber(.9) + Huber(.7)) = .5 · (.325 + .225)
+    # v = .9, old = .5, G = 0: .5 · (Huber(.9) + Huber(.7)) = .5 · (.325 + .225)
     both = (huber(x, delta=0.5) for x in (t(0.9), near(t(0.9), t(0.5), clip=0.2)))
     assert float(either(*both, how="mean")) == pytest.approx(0.275)
 
@@ -49,7 +49,6 @@ def test_safes_value_loss_is_the_average_of_both_errors():
     ],
 )
 def test_ppos_value_loss(old, new, target, clip, expected):
-    # Card T9.6
     close = near(t([[new]]), t([[old]]), clip=clip)
     found = either(squared(t([[new]]) - target), squared(close - target), how="max")
     assert float(found) == pytest.approx(expected)
@@ -58,7 +57,6 @@ def test_ppos_value_loss(old, new, target, clip, expected):
 
 
 def test_bernoulli_with_a_soft_label():
-    # Card T10.8
     logits = t(0.4).requires_grad_()
     loss = binary_cross_entropy(logits, t(0.25))
     loss.backward()
@@ -67,7 +65,6 @@ def test_bernoulli_with_a_soft_label():
 
 
 def test_bounded_values():
-    # Card T10.9
     found = between(t([0.0, 1.0, -1.0, 5.0]), low=0.0, high=1.0)
     assert found.tolist() == pytest.approx([0.5, 0.75, 0.25, 0.937167], abs=1e-6)
     scaled = between(t([0.0, 1.0]), low=-2.0, high=6.0)
@@ -76,7 +73,7 @@ def test_bounded_values():
 
 @pytest.mark.parametrize(("error", "expected"), [(0.5, 0.03125), (-0.5, 0.09375), (2.0, 0.375)])
 def test_the_quantile_loss_at_level_a_quarter(error, expected):
-    # Card T10.11: of two quantiles the first has level (0 + .5) / 2 = .25
+    # of two quantiles the first has level (0 + .5) / 2 = .25
     found = quantile_huber(t([0.0, 0.0]), t(error), kappa=1.0)
     assert float(found[0]) == pytest.approx(expected)
 
@@ -111,7 +108,6 @@ def test_quantiles_of_a_coin_average_to_its_chance_and_expectiles_do_not():
 
 
 def test_gaussian_likelihood():
-    # Card T10.12
     assert float(gaussian_nll(t(0.7), t(0.2), t(1.0))) == pytest.approx(0.434501, abs=1e-6)
     assert float(gaussian_nll(t(0.0), t(1.0), t(0.0))) == pytest.approx(0.5 * math.log(2 * math.pi))
 

@@ -187,7 +187,7 @@ def test_twins_that_learn_by_their_one_value_have_its_loss(runtime):
 @pytest.mark.parametrize(
     ("together", "expected", "weights"),
     [
-        # V = .197428 (card T6.1): ½ · V² = .019489, pulled at by the soft minimum's weights
+        # V = .197428: ½ · V² = .019489, pulled at by the soft minimum's weights
         ("combined", 0.019489, [0.034445 * 0.197428, 0.965555 * 0.197428]),
         # (½ · 1 + 0) / 2, each pulled to the return by itself
         ("each", 0.25, [0.5, 0.0]),

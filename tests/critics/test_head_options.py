@@ -248,7 +248,6 @@ def test_any_other_model_gives_its_trunk(runtime, tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"hidden_layers": (12, 8)}, {"heads": 2}])
 def test_no_gradient_reaches_a_trunk_that_is_shared_and_detached(settings, runtime):
-    # Card T7.6
     policy = TokenPolicy(AutoModelForCausalLM.from_config(CONFIG), temperature=1.0, chunk_mb=1.0)
     critic = ValueHeadConfig(trunk="shared", lr=1e-2, **settings).build(bench(runtime, policy))
     before = [p.detach().clone() for p in critic._model.head.parameters()]

@@ -92,7 +92,7 @@ def test_it_learns_that_the_first_token_decides(runtime):
 
 @pytest.mark.parametrize(("width", "expected"), [(1.0, 0.405), (2.0, 0.405), (10.0, 0.405)])
 def test_the_clip_is_sized_to_the_reward_range(runtime, width, expected):
-    # Card T9.6 at every scale: old .5, new .9, return 0, clip .2 -> 0.5 · max(.9², .7²) = .405, times width²
+    # At every scale: old .5, new .9, return 0, clip .2 -> 0.5 · max(.9², .7²) = .405, times width²
     config = ValueHeadConfig(value_clip=0.2, reward_range=(0.0, width))
     assert config.clip == pytest.approx(0.2 * width)
     head = critic(runtime, value_clip=0.2, reward_range=(0.0, width))

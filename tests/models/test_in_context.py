@@ -12,7 +12,6 @@ def seeded():
 
 
 def test_the_adapter_has_the_size_of_the_released_one():
-    # Card T3.3
     adapter = QueryAdapter(1024)
     assert sum(p.numel() for p in adapter.parameters()) == 268_838
     features = adapter(torch.randn(2, 5, 1024), torch.tensor([5, 3]))
@@ -21,7 +20,7 @@ def test_the_adapter_has_the_size_of_the_released_one():
 
 
 def test_at_first_the_queries_are_the_same_for_all_prompts():
-    # Card T3.3: as if nothing were added to the static queries.
+    # as if nothing were added to the static queries.
     adapter, hidden = QueryAdapter(16), torch.randn(3, 4, 16)
     lengths = torch.tensor([4, 4, 4])
     with_change = adapter(hidden, lengths)

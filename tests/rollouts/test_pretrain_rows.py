@@ -163,7 +163,7 @@ def test_discount_and_lambda_are_those_of_generalized_advantage_estimation():
     rollouts = rollouts_of(examples, length_limit=8)
     # .5² · 1, .5 · 1, 1
     assert returns_of(examples, rollouts, gamma=0.5).tolist() == [[0.25, 0.5, 1.0]]
-    # T4.7: A(.95) = [.7655, .49, .2] with V = [.2, .5, .8]; targets A + V
+    # A(.95) = [.7655, .49, .2] with V = [.2, .5, .8]; targets A + V
     values = values_of(rollouts, [[0.2, 0.5, 0.8]])
     returns = returns_of(examples, rollouts, gamma=1.0, lam=0.95, values=values)
     assert returns[0].tolist() == pytest.approx([0.9655, 0.99, 1.0])
