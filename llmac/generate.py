@@ -27,11 +27,17 @@ from llmac.decoding import (
 )
 from llmac.decoding.answers import answer_finder
 from llmac.decoding.candidates import prompts_of
+from llmac.decoding.fitting import (
+    check_critic_reads,
+    check_judges_states,
+    check_same_tokens,
+    check_says_chances,
+)
 from llmac.decoding.generation import READS, Generation
 from llmac.decoding.provenance import misfits, provenance
 from llmac.errors import CheckpointError, ConfigError
 from llmac.models.loading import context_length, load_causal_lm, load_tokenizer, torch_dtype
-from llmac.models.value_heads import HEAD_FILE
+from llmac.models.value_heads import HEAD_FILE, saved_spec
 from llmac.models.value_model import ValueModel
 from llmac.new_engine import speaking
 from llmac.outputs import make_room_for
@@ -56,15 +62,30 @@ def generate(asked: Generation) -> list[Decoded]:
     if asked.output is not None:
         make_room_for(asked.output, "--output")
     if critic is not None:
+        head = saved_spec(critic).head
+        check_judges_states(head)
+        if asked.method == "token" and (asked.option("rule"), asked.option("scale")) == (
+            "ratio",
+            "probability",
+        ):
+            check_says_chances(head)
         known = provenance(critic)
+        check_critic_reads(
+            model, critic, sources=[critic, *([Path(known.policy)] if known else [])]
+        )
         for warning in misfits(known, policy=model.name, response_tokens=asked.max_new_tokens):
             logger.warning("%s", warning)
+    check_same_tokens(model, others.values())
     prompts = _prompts(asked, model)
     decoded = _decode(asked, model, prompts, critic, others, find)
     if asked.output is not None:
-        lines = (json.dumps(as_dict(d), ensure_ascii=False) + "\n" for d in decoded)
-        asked.output.write_text("".join(lines), encoding="utf-8")
+        asked.output.write_text("".join(map(line, decoded)), encoding="utf-8")
     return decoded
+
+
+def line(decoded: Decoded) -> str:
+    """One of the output; what JSON has no word for (dates, bytes, decimals) is written as text."""
+    return json.dumps(as_dict(decoded), ensure_ascii=False, default=str) + "\n"
 
 
 def as_dict(decoded: Decoded) -> dict[str, Any]:

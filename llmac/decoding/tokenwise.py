@@ -72,7 +72,8 @@ def token_guided(
         rows_at_once: prompts decoded together.
 
     Raises:
-        ConfigError: no prompts, top_k below 1, or tokens kept that tilting would starve.
+        ConfigError: no prompts, top_k below 1, tokens kept that tilting would starve, or a value that
+            `scale` has for a probability and that is none.
         EngineError: a prompt leaves too little room for the response.
     """
     if top_k < 1:
@@ -191,14 +192,19 @@ class _ByValue:
             torch.isin(candidates, self._ends.to(candidates.device)), before[:, None], after
         )
         weights = (
-            value_tilt(after, lam=how.lam)
-            if how.rule == "tilt"
-            else value_ratio(before, after, lam=how.lam, scale=how.scale)
+            value_tilt(after, lam=how.lam) if how.rule == "tilt" else _ratio(before, after, how)
         )
         return reweighted(probs, candidates, weights, others=how.others).log()
 
     def advance(self, ids: Tensor) -> None:
         self._ahead.advance(ids)
+
+
+def _ratio(before: Tensor, after: Tensor, how: _Settings) -> Tensor:
+    try:
+        return value_ratio(before, after, lam=how.lam, scale=how.scale)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 class _Shifted:

@@ -10,6 +10,7 @@ import torch
 from llmac.core.collate import collate
 from llmac.core.protocols import Critic
 from llmac.core.types import Finish, Prompt, Rollouts, Trajectory
+from llmac.decoding.fitting import check_judges_states
 from llmac.errors import ConfigError
 from llmac.models.packing import PackedRows, Packing
 from llmac.models.path_probe import settled
@@ -129,8 +130,13 @@ Valuer = ValueModel | SaysValues | Critic
 
 
 def speaker(value: Valuer) -> SaysValues:
-    """The same, as somebody who says values of states."""
+    """The same, as somebody who says values of states.
+
+    Raises:
+        ConfigError: a value model that judges whole responses only.
+    """
     if isinstance(value, ValueModel):
+        check_judges_states(value.spec.head)
         return ValueModelSays(value)
     return value if isinstance(value, SaysValues) else CriticSays(value)
 
