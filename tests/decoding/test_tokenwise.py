@@ -222,9 +222,9 @@ def test_settings_that_make_no_sense_are_refused():
         token_guided(tiny(0), TOKENIZER, values, ["a"], top_k=0)
     with pytest.raises(ConfigError, match="rule tilt"):
         token_guided(tiny(0), TOKENIZER, values, ["a"], rule="tilt", others="keep")
+    sevens, how = ByText(lambda text: 7.0), {"scale": "probability", "sampling": SAMPLING}
     with pytest.raises(ConfigError, match="a value is 7, and as a probability"):
-        values, how = ByText(lambda text: 7.0), {"scale": "probability", "sampling": SAMPLING}
-        token_guided(tiny(0), TOKENIZER, values, ["a"], **how)
+        token_guided(tiny(0), TOKENIZER, sevens, ["a"], **how)
     with pytest.raises(ConfigError, match="no pair"):
         transfer(tiny(0), TOKENIZER, [], ["a"])
     with pytest.raises(EngineError, match="limit is 32"):
