@@ -24,7 +24,7 @@ CRITIC_CARDS = [
     if card_class(n).credit is CriticCredit.credit and n not in ("vineppo", "genac", "t_ppo")
 ]
 every_card = pytest.mark.parametrize("name", CRITIC_CARDS)
-RAW = {"whiten_advantages": False}
+RAW = {"kl_coef": 0.0, "whiten_advantages": False}
 
 
 def three_tokens(*, values=(0.2, 0.5, 0.8), **kinds):
@@ -156,7 +156,8 @@ def test_advantages_are_clipped_before_whitening_and_targets_are_not(name, rollo
     assert 0 < share < 1
     assert clipped.metrics["critic/advantages/clipfrac"].value == pytest.approx(share)
 
-    white = card(name, advantage_clip=0.3, whiten_advantages=True).credit(rollouts, values)
+    whitening = {**RAW, "whiten_advantages": True}
+    white = card(name, advantage_clip=0.3, **whitening).credit(rollouts, values)
     assert torch.allclose(white.advantages, whiten(raw.advantages.clamp(-0.3, 0.3), mask))
 
 
