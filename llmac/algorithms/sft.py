@@ -10,21 +10,20 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from llmac.core.demonstrations import Demonstrations
 from llmac.core.diagnostics import sampler_gap
-from llmac.core.measures import Measure, Metrics
+from llmac.core.measures import Metrics
 from llmac.core.protocols import RolloutPlan, SamplingParams
 from llmac.core.stored import Stored
 from llmac.core.types import AllSum, Credit, Rollouts, Values, identity
 
-from .base import Algorithm, newly_sampled
+from .base import newly_sampled
+from .likelihood import LikelihoodPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFT(Algorithm):
+class SFT(LikelihoodPolicy):
     """Supervised fine-tuning: mean -log π over the tokens of given completions.
 
         loss = - (1/N) Σ_it log π_θ(a_it | s_it)          N tokens of completions in the minibatch
@@ -118,13 +117,3 @@ class SFT(Algorithm):
             likelihood=mask.to(rollouts.rewards.dtype),
             metrics=metrics,
         )
-
-    def surrogate(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> tuple[Float[Tensor, "B T"], dict[str, Measure]]:
-        """Nothing: the likelihood is all there is."""
-        return torch.zeros_like(logprobs), {}
