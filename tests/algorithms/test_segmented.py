@@ -75,6 +75,7 @@ def test_tokens_of_a_segment_share_what_the_segment_changed(name):
         segmenter="every_n",
         segment_tokens=3,
         lam=0.0,
+        kl_coef=0.0,
         **({"lam_rule": "fixed"} if name == "vapo" else {}),
         **(
             {"whiten": "none", "train_below": None}

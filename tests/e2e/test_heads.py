@@ -12,7 +12,11 @@ from llmac.critics.head_config import HeadConfig
 from llmac.models.value_model import ValueModel
 from llmac.rewards.loader import resolve
 
-HEADS = [name for name, place in CRITICS.items() if issubclass(resolve(place), HeadConfig)]
+HEADS = [
+    name
+    for name, place in CRITICS.items()
+    if issubclass(resolve(place), HeadConfig) and name != "code_outcomes"  # for coderl alone
+]
 
 
 def lines_of(result):
