@@ -14,7 +14,7 @@ from typing import Any
 
 from critics import short, spread
 from jobs import CHECKOUT, RUNS, run_job
-from pages import write_between
+from pages import check_marks, write_between
 from report import Cell, Report
 
 FOLDER = RUNS / "genac"
@@ -42,10 +42,14 @@ PHASES = ("gen", "old_log_prob", "values", "update_actor", "update_critic", "syn
 
 
 def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
-    """Three tables of all that is there. Seed by seed, so that an early end leaves comparable rows."""
-    for seed in range(min(arguments.seeds, 3)):
+    """Three tables of all that is there."""
+    if arguments.docs:
+        check_marks(PAGE, MARKS)
+    seeds = range(min(arguments.seeds, 3))
+    for seed in seeds:
         for piece in (first_stage, second_stage, heads, judge):
             piece(seed, threads)
+    for seed in seeds:  # all with the head that is best over all seeds
         for setting in SETTINGS:
             train(setting, seed, threads)
     reports = [values_table(), runs_table(), cost_table()]
@@ -142,6 +146,8 @@ def head_of(kind: str) -> str:
 
 
 SETTINGS = ("PPO, value_head", "PPO, hl_gauss", "GenAC")
+GROUPS = "algorithm.group_size=8", "actor.prompts_per_step=32"
+"""The shape of GenAC's steps, for PPO too."""
 
 
 def train(setting: str, seed: int, threads: int) -> None:
@@ -150,6 +156,7 @@ def train(setting: str, seed: int, threads: int) -> None:
     output = folder / f"run-{slug(setting)}"
     if setting == "GenAC":
         recipe, critic = "quickstart_genac", f"critic.init={folder / 'short/critic/final/critic'}"
+        shape = ()
     else:
         kind = setting.removeprefix("PPO, ")
         best = head_of(kind)
@@ -158,6 +165,7 @@ def train(setting: str, seed: int, threads: int) -> None:
             f"critic={{name: {kind}, init: {folder / slug(best) / 'critic'}, "
             f"lr: {HEADS[best][1]}, betas: [0.9, 0.98]}}"
         )
+        shape = GROUPS
     job = {
         "do": "learn",
         "recipe": f"recipes/{recipe}.yaml",
@@ -166,6 +174,7 @@ def train(setting: str, seed: int, threads: int) -> None:
             f"evaluation.data.name={FOLDER / 'start' / 'held_out.jsonl'}",
             f"evaluation.every={EVERY}",
             critic,
+            *shape,
             f"run.output={output}",
             f"run.steps={STEPS}",
             f"run.save_every={STEPS}",

@@ -14,7 +14,7 @@ from pathlib import Path
 from critics import spread
 from jobs import CHECKOUT, RUNS, run_job
 from kept import Line, empty, finished, is_run, run_and_keep
-from pages import write_between
+from pages import check_marks, write_between
 from report import Cell, Report
 
 FOLDER = RUNS / "guided"
@@ -32,6 +32,8 @@ LARGE_SEEDS = 1
 
 def measure(arguments: argparse.Namespace, threads: int) -> list[Report]:
     """One table, of all seeds that there are."""
+    if arguments.docs:
+        check_marks(PAGE, MARKS)
     for seed in range(arguments.seeds):
         if any(is_run(line, TASK, SETTING, seed) for line in finished(RESULTS)):
             continue

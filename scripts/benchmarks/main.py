@@ -21,7 +21,13 @@ from report import Report, as_json, as_text
 from surroundings import describe
 
 PARTS = {"rollout": rollout, "train": training, "memory": memory, "trl": against_trl}
-COMPARISONS = {"critics": critics, "credit": credit, "packing": packing, "genac": genac, "guided": guided}
+COMPARISONS = {
+    "critics": critics,
+    "credit": credit,
+    "packing": packing,
+    "genac": genac,
+    "guided": guided,
+}
 """Not among all: half an hour to many hours each."""
 
 
