@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmac.core.categorical_heads import C51, HLGauss, OutcomeClasses, TwoHot
+from llmac.core.categorical_heads import C51, HLGauss, OutcomeClasses, PooledOutcomes, TwoHot
 from llmac.core.ensembles import Combination
 from llmac.core.value_heads import Bernoulli, Gaussian, Quantile, Scalar
 from llmac.errors import CheckpointError
@@ -32,6 +32,7 @@ SPECS = [
     HeadSpec(head=Quantile(quantiles=3)),
     HeadSpec(head=Gaussian(pessimism=0.5)),
     HeadSpec(head=OutcomeClasses(rewards=(0.0, 0.25, 1.0))),
+    HeadSpec(head=PooledOutcomes(rewards=(0.0, 0.25, 1.0))),
 ]
 
 
