@@ -7,17 +7,12 @@ arXiv:2205.09123). Needs: a critic.
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
-from torch import Tensor
-
-from llmac.core.losses import reinforce
-from llmac.core.measures import Measure
-
 from .critic_credit import CriticCredit
+from .score_function import ScoreFunctionPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class A2C(CriticCredit):
+class A2C(CriticCredit, ScoreFunctionPolicy):
     """A2C: REINFORCE with Â from a critic.
 
         l_t = -Â_t · log π_θ(a_t|s_t)
@@ -30,13 +25,3 @@ class A2C(CriticCredit):
     whiten_advantages: bool = False
     """Whether advantages get mean 0 and variance 1 over the tokens of the whole step. Off in the
     paper: they are in the unit of the rewards."""
-
-    def surrogate(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> tuple[Float[Tensor, "B T"], dict[str, Measure]]:
-        """Advantage-weighted log-probability of each token."""
-        return reinforce(logprobs, advantages), {}

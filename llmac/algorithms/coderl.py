@@ -13,18 +13,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llmac.core.greedy_baseline import GreedyBaseline
-from llmac.core.losses import reinforce
 from llmac.core.masking import Aggregation
 from llmac.core.measures import Measure
 from llmac.core.plans import Flat
 from llmac.core.protocols import RolloutPlan, SamplingParams
 from llmac.core.types import AllSum, Credit, CriticTargets, Rollouts, Values, identity
 
-from .base import Algorithm, mean_over
+from .base import mean_over
+from .score_function import ScoreFunctionPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeRL(Algorithm):
+class CodeRL(ScoreFunctionPolicy):
     """CodeRL: token weights of an outcome classifier, times what was gained over a greedy response.
 
         q_t = softmax(e_t)_u                    u: the outcome the response had
@@ -104,16 +104,6 @@ class CodeRL(Algorithm):
             critic_targets=targets if self.teaches_critic else None,
             metrics=metrics,
         )
-
-    def surrogate(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> tuple[Float[Tensor, "B T"], dict[str, Measure]]:
-        """Advantage-weighted log-probability of each token."""
-        return reinforce(logprobs, advantages), {}
 
     def _baselines(self, rollouts: Rollouts) -> Float[Tensor, "B"]:
         rewards = [trajectory.baseline_reward for trajectory in rollouts.trajectories]

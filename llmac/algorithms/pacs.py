@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from llmac.core.group_bce import ClassWeights, Relative, group_bce
-from llmac.core.losses import reinforce
 from llmac.core.masking import Aggregation
-from llmac.core.measures import Measure
 from llmac.core.types import AllSum, Credit, Rollouts, Values, identity
 
 from .base import GroupCredit
+from .score_function import ScoreFunctionPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class PACS(GroupCredit):
+class PACS(GroupCredit, ScoreFunctionPolicy):
     """PACS: an implicit actor-critic by cross-entropy.
 
         s_i = beta · Σ_t (log π_θ - log π_old)        (score: mean: beta · mean_t log π_θ)
@@ -100,16 +99,6 @@ class PACS(GroupCredit):
         return dataclasses.replace(
             credit, advantages=advantages.masked_fill(~credit.policy_mask, 0.0)
         )
-
-    def surrogate(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> tuple[Float[Tensor, "B T"], dict[str, Measure]]:
-        """Advantage-weighted log-probability of each token."""
-        return reinforce(logprobs, advantages), {}
 
     def _advantages(
         self, rollouts: Rollouts, logprobs: Float[Tensor, "B T"]

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
-from llmac.algorithms.base import Algorithm
+from llmac.algorithms.score_function import ScoreFunctionPolicy
 from llmac.core.collate import collate
-from llmac.core.losses import reinforce
-from llmac.core.measures import Measure, Metrics
+from llmac.core.measures import Metrics
 from llmac.core.protocols import Completion
 from llmac.core.scores import Baseline, above_baseline, brier_reward
 from llmac.core.types import Finish, Prompt, Trajectory
@@ -52,21 +49,6 @@ class Lesson:
         return [brier_reward(value, self.outcomes) for value in self.said.values]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reinforce(Algorithm):
-    """-w · log π, token by token, averaged over all tokens."""
-
-    def surrogate(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-    ) -> tuple[Float[Tensor, "B T"], dict[str, Measure]]:
-        """The plain score-function term."""
-        return reinforce(logprobs, advantages), {}
-
-
 class ScoreLearner:
     """Moves a language model towards scores that come true."""
 
@@ -92,9 +74,9 @@ class ScoreLearner:
         self._baseline: Baseline = baseline
         self._length_limit = length_limit
         self._algorithm = (
-            Reinforce()
+            ScoreFunctionPolicy()
             if importance_cap is None
-            else Reinforce(mismatch="token_truncate", mismatch_high=importance_cap)
+            else ScoreFunctionPolicy(mismatch="token_truncate", mismatch_high=importance_cap)
         )
 
     def learn(self, lessons: Sequence[Lesson], *, spare: tuple[int, ...]) -> Metrics:

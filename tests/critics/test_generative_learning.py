@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from llmac.algorithms.score_function import ScoreFunctionPolicy
 from llmac.config import load_recipe
 from llmac.core.collate import collate
 from llmac.core.measures import Mean
@@ -15,7 +16,7 @@ from llmac.core.protocols import Completion, Request, SamplingParams
 from llmac.core.types import Credit, CriticTargets, Finish, Prompt, Rollouts, Trajectory
 from llmac.critics.generative import GenerativeConfig
 from llmac.critics.generative_engine import CriticEngine
-from llmac.critics.generative_learning import Lesson, Reinforce, ScoreLearner, Written
+from llmac.critics.generative_learning import Lesson, ScoreLearner, Written
 from llmac.engines.hf_engine import HFEngine
 from llmac.engines.probe import check_engine_holds
 from llmac.errors import ConsistencyError, EngineError
@@ -58,7 +59,7 @@ def test_the_loss_is_the_mean_over_all_tokens_of_weight_times_logprob():
     weights = torch.tensor([0.24, -0.24])[:, None].expand(2, 5)
     credit = Credit(advantages=weights, policy_mask=rollouts.action_mask)
     logprobs = torch.full((2, 5), -1.0, requires_grad=True)
-    loss = Reinforce().policy_loss(logprobs, rollouts, credit)
+    loss = ScoreFunctionPolicy().policy_loss(logprobs, rollouts, credit)
     mean = loss.total / loss.weight
     assert mean.item() == pytest.approx(-0.06)
     mean.backward()
